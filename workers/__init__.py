@@ -1,0 +1,1 @@
+"""What runs in the worker processes: decoding, transforms, sinks; and the messages both processes share."""
