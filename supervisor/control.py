@@ -142,7 +142,7 @@ class ControlServer:
         try:
             listener = _bind(self.path)
         except BaseException:
-            self._release_path()
+            self._release_lock()
             raise
         started = threading.Event()
         self._thread = threading.Thread(
@@ -159,16 +159,15 @@ class ControlServer:
                 loop.call_soon_threadsafe(stopping.set)
             thread.join(2 * STOP_TIMEOUT_SECONDS)
         self._thread = None
-        self._release_path()
+        if self._lock is not None:
+            self.path.unlink(missing_ok=True)
+            self._release_lock()
 
-    def _release_path(self) -> None:
-        if self._lock is None:
-            return
-        for path in (self.path, _lock_path(self.path)):
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
-        os.close(self._lock)
-        self._lock = None
+    def _release_lock(self) -> None:
+        if self._lock is not None:
+            _lock_path(self.path).unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
 
     def _run(self, listener: socket.socket, started: threading.Event) -> None:
         # Signals belong to the main thread: its blocking calls must be the ones that they interrupt.
@@ -206,7 +205,7 @@ class ControlServer:
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection: a request, its answer, and so on until the client leaves."""
-        if not _is_same_user(writer.get_extra_info("socket")):
+        if _peer_uid(writer.get_extra_info("socket")) not in (os.geteuid(), 0):
             await _send(writer, {"ok": False, "error": "only the user who runs the daemon may control it"})
             return
         assert self._stopping is not None
@@ -262,13 +261,13 @@ async def _send(writer: asyncio.StreamWriter, answer: dict[str, Any]) -> None:
         await writer.drain()
 
 
-def _is_same_user(connection: socket.socket) -> bool:
-    """Ask the kernel who connected. The socket's mode says the same; a path in a shared folder may be looser."""
+def _peer_uid(connection: socket.socket) -> int:
+    """Ask the kernel who connected: the mode of a socket can be changed by a hand or by a copy of its folder."""
     if not hasattr(socket, "SO_PEERCRED"):
-        return True
+        return os.geteuid()  # the mode of the socket must do
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
-    return uid in (os.geteuid(), 0)
+    uid: int = struct.unpack("3i", credentials)[1]
+    return uid
 
 
 def _lock_path(path: Path) -> Path:
