@@ -205,9 +205,7 @@ class ControlServer:
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection: a request, its answer, and so on until the client leaves."""
-        if _peer_uid(writer.get_extra_info("socket")) not in (os.geteuid(), 0):
-            await _send(writer, {"ok": False, "error": "only the user who runs the daemon may control it"})
-            return
+        allowed = _peer_uid(writer.get_extra_info("socket")) in (os.geteuid(), 0)
         assert self._stopping is not None
         while not self._stopping.is_set():
             try:
@@ -217,7 +215,10 @@ class ControlServer:
                 return
             if not line:
                 return
-            await _send(writer, await self._answer(line, reader))
+            if not allowed:
+                await _send(writer, {"ok": False, "error": "only the user who runs the daemon may control it"})
+                return
+            await _send(writer, await self._answer(line))
 
     async def _next_line(self, reader: asyncio.StreamReader) -> bytes:
         """Return the next request, or nothing when the client left, is silent, or the server stops."""
@@ -234,7 +235,7 @@ class ControlServer:
         except (asyncio.IncompleteReadError, ConnectionError):
             return b""
 
-    async def _answer(self, line: bytes, reader: asyncio.StreamReader) -> dict[str, Any]:
+    async def _answer(self, line: bytes) -> dict[str, Any]:
         """Hand one request to the shell and wait for its answer, for as long as it takes (a drain takes long)."""
         try:
             request = msgspec.json.decode(line, type=_Request)
