@@ -1,0 +1,92 @@
+"""The daemon's state as one JSON-able mapping: what `status`, the metrics and the health endpoints show (pure)."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from speedlayer.supervisor.core.ledger import Lane
+from speedlayer.supervisor.core.pipelines import Pipeline
+from speedlayer.supervisor.core.state import State
+from speedlayer.supervisor.core.workforce import Worker
+
+
+def snapshot(state: State) -> dict[str, Any]:
+    """Describe everything an operator may want to know. Times are seconds, sizes bytes, lags offsets."""
+    return {
+        "state": state.lifecycle.value,
+        "since_seconds": round(state.now - state.lifecycle_since, 3),
+        "stop_reason": state.stop_reason,
+        "uptime_seconds": round(state.now - state.started_at, 3),
+        "group_ids": sorted({pipeline.config.group for pipeline in state.pipelines.values()}),
+        "memory": {"buffer_bytes": state.config.buffer_bytes, "buffered_bytes": state.buffered_bytes},
+        "consumer_trouble": {group: text for group, (_, _, text) in sorted(state.trouble.items())},
+        "workers": [_worker(worker, state.now) for worker in state.workforce],
+        "pipelines": [_pipeline(state, pipeline) for pipeline in state.pipelines.values()],
+    }
+
+
+def _worker(worker: Worker, now: float) -> dict[str, Any]:
+    oldest = min((flight.dispatched_at for flight in worker.flights.values()), default=None)
+    return {
+        "name": worker.name,
+        "pid": worker.pid,
+        "state": worker.state.value,
+        "flights": len(worker.flights),
+        "bytes": worker.size_bytes,
+        "restarts": worker.restarts,
+        "oldest_flight_seconds": None if oldest is None else round(now - oldest, 3),
+    }
+
+
+def _pipeline(state: State, pipeline: Pipeline) -> dict[str, Any]:
+    lanes = sorted(state.ledger.of_pipeline(pipeline.name), key=lambda lane: lane.partition)
+    name, reason = pipeline.state()
+    counters, brake = pipeline.counters, pipeline.brake
+    flights = state.workforce.flights_of(pipeline.name)
+    lags = [lane.lag for lane in lanes]
+    return {
+        "name": pipeline.name,
+        "group": pipeline.config.group,
+        "topics": list(pipeline.config.topics),
+        "state": name,
+        "reason": reason,
+        "holds": {why.value: text for why, text in pipeline.holds.items()},
+        "slow_count": brake.slow_count,
+        "max_slow_flushes": brake.max_slow_flushes,
+        "overload_count": brake.overload_count,
+        "paused_until_seconds": None if brake.pause_until is None else round(max(0.0, brake.pause_until - state.now), 3),
+        "rows": counters.rows,
+        "filtered": counters.filtered,
+        "dead_lettered": counters.dead_lettered,
+        "flushes": counters.flushes,
+        "retries": counters.retries,
+        "fenced": counters.fenced,
+        "fenced_alarm": pipeline.fenced_alarm,
+        "reclaims": counters.reclaims,
+        "last_flush_seconds": counters.last_flush_seconds,
+        "buffered_bytes": pipeline.buffered_bytes,
+        "assembled_rows": sum(lane.batch.rows for lane in lanes),
+        "flights": len(flights),
+        "in_flight_rows": sum(flight.rows for flight in flights),
+        "rows_per_second": round(pipeline.written.per_second(state.now), 1),
+        "consumed_per_second": round(pipeline.consumed.per_second(state.now), 1),
+        "lag": sum(lag for lag in lags if lag is not None) if any(lag is not None for lag in lags) else None,
+        "lanes": [_lane(lane) for lane in lanes],
+    }
+
+
+def _lane(lane: Lane) -> dict[str, Any]:
+    written: Optional[int] = lane.flushed if lane.has_checkpoint else None
+    return {
+        "topic": lane.partition.topic,
+        "partition": lane.partition.partition,
+        "state": lane.state.value,
+        "reason": lane.reason,
+        "worker": lane.worker,
+        "epoch": lane.epoch,
+        "next_offset": written,
+        "fetched_offset": lane.expected if lane.has_checkpoint else None,
+        "high_watermark": lane.high_watermark,
+        "lag": lane.lag,
+        "in_flight": lane.in_flight,
+    }

@@ -1,0 +1,118 @@
+"""The workers as the core sees them: credit granted, flights under way, restarts (supervisor process, pure)."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Optional
+
+from speedlayer.supervisor.core.config import RESTART_BACKOFF_LIMIT_SECONDS, RESTART_BACKOFF_SECONDS
+from speedlayer.supervisor.core.events import Partition
+
+
+class WorkerState(enum.Enum):
+    """Where a worker is in its life."""
+
+    WAITING = "waiting"  # to be started, once its back-off is over
+    STARTING = "starting"
+    READY = "ready"
+    FINISHING = "finishing"
+    EXITED = "exited"
+
+
+@dataclass(frozen=True)
+class FlightPart:
+    """One part of a flight that is under way: which lane, under which epoch, up to which offset."""
+
+    partition: Partition
+    epoch: int
+    end: int
+
+
+@dataclass(frozen=True)
+class FlightRecord:
+    """A flight that was dispatched and not yet reported."""
+
+    flight_id: int
+    pipeline: str
+    worker: str
+    parts: tuple[FlightPart, ...]
+    rows: int
+    size_bytes: int
+    dispatched_at: float
+
+
+@dataclass
+class Worker:
+    """One worker slot; the process in it changes with each ``incarnation``."""
+
+    name: str
+    state: WorkerState = WorkerState.WAITING
+    incarnation: int = 0
+    pid: Optional[int] = None
+    start_at: float = 0.0
+    restarts: int = 0
+    deaths_in_a_row: int = 0
+    boot_failures: int = 0
+    credit_flights: int = 0
+    credit_bytes: int = 0
+    flights: dict[int, FlightRecord] = field(default_factory=dict)
+
+    @property
+    def size_bytes(self) -> int:
+        """Payload that the worker holds."""
+        return sum(flight.size_bytes for flight in self.flights.values())
+
+    def room(self) -> int:
+        """Bytes that may still be sent to it; 0 without credit. An idle worker takes anything: a message larger than
+        the credit travels alone."""
+        if self.state is not WorkerState.READY or len(self.flights) >= self.credit_flights:
+            return 0
+        return max(self.credit_bytes - self.size_bytes, 0 if self.flights else 1)
+
+    def died(self, now: float) -> None:
+        """Take note of the exit and set the time of the next start."""
+        if self.state is WorkerState.STARTING:
+            self.boot_failures += 1
+        delay = min(RESTART_BACKOFF_LIMIT_SECONDS, RESTART_BACKOFF_SECONDS * 2**self.deaths_in_a_row)
+        self.deaths_in_a_row += 1
+        self.restarts += 1
+        self.state, self.pid, self.start_at = WorkerState.WAITING, None, now + delay
+        self.flights.clear()
+
+    def showed_life(self) -> None:
+        """A flush came through: the next death is the first one again."""
+        self.deaths_in_a_row = 0
+
+
+class Workforce:
+    """All workers, by name."""
+
+    def __init__(self, count: int) -> None:
+        self._workers = {name: Worker(name) for name in (f"worker-{index}" for index in range(count))}
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._workers.values())
+
+    def __getitem__(self, name: str) -> Worker:
+        return self._workers[name]
+
+    @property
+    def size_bytes(self) -> int:
+        """Payload in all workers together."""
+        return sum(worker.size_bytes for worker in self)
+
+    def ready(self) -> list[Worker]:
+        """Those that take orders."""
+        return [worker for worker in self if worker.state is WorkerState.READY]
+
+    def flights_of(self, pipeline: str) -> list[FlightRecord]:
+        """The flights of one pipeline that are under way."""
+        return [flight for worker in self for flight in worker.flights.values() if flight.pipeline == pipeline]
+
+    def queues_drained(self, pipeline: str) -> bool:
+        """Whether no flight of the pipeline waits in a queue: each worker has at most the one that it is writing."""
+        return all(
+            sum(flight.pipeline == pipeline for flight in worker.flights.values()) <= 1 for worker in self
+        )
