@@ -6,12 +6,13 @@ into settings of speedlayer: ``group.id`` and ``auto.offset.reset``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
 from speedlayer.supervisor.errors import InvalidSetting
-from speedlayer.supervisor.settings import shown
+from speedlayer.supervisor.settings import shown, suggestion
 
 _CHECKPOINTS = "speedlayer keeps the offsets in PostgreSQL, in the transaction that writes the rows"
 _BUDGET = "speedlayer derives it from [memory] budget_mb"
@@ -34,6 +35,8 @@ _OWNED: dict[str, tuple[Optional[str], str]] = {
     "fetch.message.max.bytes": (None, _BUDGET),
     "fetch.queue.backoff.ms": (None, _BUDGET),
     "default.topic.config": (None, "topic properties stand in [kafka] directly"),
+    "enabled_events": (None, "events would take the place of the callbacks that speedlayer lives by"),
+    "log.queue": (None, "speedlayer logs for librdkafka"),
     "error_cb": (None, _CALLBACK),
     "stats_cb": (None, _CALLBACK),
     "throttle_cb": (None, _CALLBACK),
@@ -51,6 +54,87 @@ _LIMITED: dict[str, tuple[tuple[str, ...], str]] = {
     "group.protocol": (("classic", "consumer"), "librdkafka knows no other"),
     "auto.offset.reset": (("earliest", "latest", "error"), "it is where a partition without a checkpoint begins"),
 }
+
+
+# Properties that people set, for "did you mean"; librdkafka alone decides which ones there are.
+_COMMON = (
+    "allow.auto.create.topics",
+    "api.version.request",
+    "auto.offset.reset",
+    "bootstrap.servers",
+    "broker.address.family",
+    "broker.address.ttl",
+    "check.crcs",
+    "client.dns.lookup",
+    "client.id",
+    "client.rack",
+    "connections.max.idle.ms",
+    "coordinator.query.interval.ms",
+    "debug",
+    "enable.metrics.push",
+    "enable.sparse.connections",
+    "enable.ssl.certificate.verification",
+    "fetch.error.backoff.ms",
+    "fetch.min.bytes",
+    "fetch.wait.max.ms",
+    "group.id",
+    "group.instance.id",
+    "group.protocol",
+    "group.remote.assignor",
+    "heartbeat.interval.ms",
+    "https.ca.location",
+    "isolation.level",
+    "log.connection.close",
+    "log_level",
+    "max.poll.interval.ms",
+    "metadata.max.age.ms",
+    "metadata.recovery.strategy",
+    "partition.assignment.strategy",
+    "plugin.library.paths",
+    "receive.message.max.bytes",
+    "reconnect.backoff.max.ms",
+    "reconnect.backoff.ms",
+    "retry.backoff.max.ms",
+    "retry.backoff.ms",
+    "sasl.kerberos.keytab",
+    "sasl.kerberos.kinit.cmd",
+    "sasl.kerberos.principal",
+    "sasl.kerberos.service.name",
+    "sasl.mechanism",
+    "sasl.mechanisms",
+    "sasl.oauthbearer.client.id",
+    "sasl.oauthbearer.client.secret",
+    "sasl.oauthbearer.config",
+    "sasl.oauthbearer.extensions",
+    "sasl.oauthbearer.method",
+    "sasl.oauthbearer.scope",
+    "sasl.oauthbearer.token.endpoint.url",
+    "sasl.password",
+    "sasl.username",
+    "security.protocol",
+    "session.timeout.ms",
+    "socket.connection.setup.timeout.ms",
+    "socket.keepalive.enable",
+    "socket.nagle.disable",
+    "socket.receive.buffer.bytes",
+    "socket.send.buffer.bytes",
+    "socket.timeout.ms",
+    "ssl.ca.location",
+    "ssl.ca.pem",
+    "ssl.certificate.location",
+    "ssl.certificate.pem",
+    "ssl.cipher.suites",
+    "ssl.crl.location",
+    "ssl.endpoint.identification.algorithm",
+    "ssl.key.location",
+    "ssl.key.password",
+    "ssl.key.pem",
+    "ssl.keystore.location",
+    "ssl.keystore.password",
+    "statistics.interval.ms",
+    "topic.blacklist",
+    "topic.metadata.refresh.interval.ms",
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +164,32 @@ def check(given: Mapping[str, Any]) -> KafkaProperties:
             "partition.assignment.strategy", "group.protocol = consumer leaves the assignment to the broker"
         )
     return KafkaProperties(properties, group_id, start)
+
+
+def check_with_librdkafka(properties: Mapping[str, Any]) -> None:
+    """Let librdkafka judge the properties; raises `InvalidSetting` that names the one it refuses.
+
+    It makes a consumer without any broker address, which connects to nobody, and closes it at once (2 ms).
+    """
+    from confluent_kafka import Consumer, KafkaException
+
+    silent = {name: value for name, value in properties.items() if name not in _ADDRESSES and name != "debug"}
+    try:
+        Consumer({**silent, "group.id": "speedlayer-check"}).close()
+    except KafkaException as error:
+        raise _refusal(error.args[0].str()) from error
+
+
+_ADDRESSES = ("bootstrap.servers", "metadata.broker.list")
+
+
+def _refusal(message: str) -> InvalidSetting:
+    """Turn librdkafka's message, which quotes the property's name, into an error that suggests the right one."""
+    quoted = re.findall(r'"([^"]+)"', message)
+    name = quoted[-1] if quoted else "kafka"
+    if message.startswith("No such configuration property"):
+        return InvalidSetting(name, "is not a property of librdkafka" + suggestion(name, _COMMON))
+    return InvalidSetting(name, f"librdkafka says: {message}")
 
 
 def _as_text(name: str, value: Any) -> Any:

@@ -8,8 +8,9 @@ construction: `__post_init__` raises `InvalidSetting` for a value of the wrong t
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 BYTES_PER_MB = 1024 * 1024
 
-# The share of the memory budget that batches in the workers' hands may take; the rest is prefetched and assembled
-# messages. A half keeps both sides busy: the workers write one half while the other is read.
+# The share of the memory budget that batches may take; the rest is for what librdkafka prefetches. A half keeps both
+# sides busy: the workers write one half while the other is read.
 FLIGHT_SHARE = 0.5
 
 # A batch smaller than this costs more for its transaction than for its rows.
@@ -94,6 +95,12 @@ def shown(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(shown(item) for item in value) + "]"
     return str(value)
+
+
+def suggestion(name: str, valid: Iterable[str]) -> str:
+    """Return ``; did you mean "…"?`` for the nearest valid name, or nothing if none is near."""
+    nearest = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {shown(nearest[0])}?" if nearest else ""
 
 
 # The default of a setting that has none.
@@ -353,11 +360,11 @@ class DaemonSettings:
     def batch_bytes_limit(self) -> int:
         """The most bytes that one batch may have under the memory budget.
 
-        Half the budget is for batches in the workers' hands, divided by all the batches that can be there at once
-        (``workers.count`` × ``workers.credit_flights``) and one more that is being assembled.
+        Half the budget, divided by all the batches that can exist at once: ``workers.credit_flights`` in the hands of
+        each worker, and one that each pipeline is assembling.
         """
-        flights = self.workers.count * self.workers.credit_flights + 1
-        return max(SMALLEST_BATCH_BYTES, int(self.memory.budget_bytes * FLIGHT_SHARE / flights))
+        batches = self.workers.count * self.workers.credit_flights + len(self.pipelines)
+        return max(SMALLEST_BATCH_BYTES, int(self.memory.budget_bytes * FLIGHT_SHARE / batches))
 
     def batch_bytes_of(self, pipeline: PipelineSettings) -> int:
         """Return the bytes at which a batch of this pipeline closes: its sink's ``batch_bytes`` within the limit."""
