@@ -37,7 +37,7 @@ SMALLEST_BATCH_BYTES = 64 * 1024
 class Setting:
     """What is known of one setting besides its name and default: the kind of its value, its range, its meaning."""
 
-    kind: Literal["integer", "number", "boolean", "text", "list of text"]
+    kind: Literal["integer", "number", "boolean", "text", "list of text", "table of text"]
     meaning: str
     minimum: Optional[float] = None
     maximum: Optional[float] = None
@@ -70,6 +70,8 @@ class Setting:
             return isinstance(value, (int, float))
         if self.kind == "text":
             return isinstance(value, str) and value != ""
+        if self.kind == "table of text":
+            return isinstance(value, Mapping) and all(isinstance(item, str) and item for item in value.values())
         return isinstance(value, (list, tuple)) and all(isinstance(item, str) and item for item in value)
 
     @property
@@ -77,13 +79,22 @@ class Setting:
         """What values the setting takes, for people."""
         if self.choices:
             return " | ".join(self.choices)
-        names = {"integer": "an integer", "number": "a number", "boolean": "true or false", "text": "a text"}
-        name = names.get(self.kind, "a list of texts")
+        name = _KIND_NAMES[self.kind]
         if self.minimum is None and self.maximum is None:
             return name
         if self.maximum is None:
-            return f"{name} of at least {self.minimum:g}"
-        return f"{name} from {self.minimum:g} to {self.maximum:g}"
+            return f"{name} of at least {self.minimum:,}"
+        return f"{name} from {self.minimum:,} to {self.maximum:,}"
+
+
+_KIND_NAMES = {
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "true or false",
+    "text": "a text",
+    "list of text": "a list of texts",
+    "table of text": "a table of texts",
+}
 
 
 def shown(value: object) -> str:
@@ -94,6 +105,8 @@ def shown(value: object) -> str:
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(shown(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name} = {shown(item)}" for name, item in value.items()) + "}"
     return str(value)
 
 

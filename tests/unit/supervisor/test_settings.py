@@ -45,7 +45,7 @@ def test_the_defaults_are_those_of_the_article() -> None:
 @pytest.mark.parametrize(
     ("values", "key", "problem"),
     [
-        ({"max_slow_flushes": 0}, "max_slow_flushes", "out of range (an integer from 1 to 1000)"),
+        ({"max_slow_flushes": 0}, "max_slow_flushes", "out of range (an integer from 1 to 1,000)"),
         ({"max_slow_flushes": 2.5}, "max_slow_flushes", "2.5 is not an integer"),
         ({"max_slow_flushes": True}, "max_slow_flushes", "true is not an integer"),
         ({"pause_seconds": "5"}, "pause_seconds", '"5" is not a number'),
