@@ -1,9 +1,9 @@
 """From assignment to the first fetch: claim, inspect, seed (supervisor process, pure). DESIGN: checkpoints, assignment.
 
 The claim raises the lane's epoch in the database, which fences every flight of an earlier owner, and returns where its
-rows end. The broker is then asked whether that offset still means what it meant: the same topic, still in the log. Where
-there is no checkpoint the start is written before the first fetch, since otherwise a crash before the first flush would
-move "latest".
+rows end. The broker is then asked whether that offset still means what it meant: the same topic, still in the log.
+Where there is no checkpoint the start is written before the first fetch, since otherwise a crash before the first flush
+would move "latest".
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ class Claims:
         lane.fenced_in_a_row += 1
         lane.polled_since_fenced = False
         state.reclaim(lane, "fenced: another owner has claimed it", state.now + state.jitter(delay))
-        state.log(WARNING, f"{lane.partition} was fenced by another owner; nothing was written", **state.fields_of(lane))
+        state.log(
+            WARNING, f"{lane.partition} was fenced by another owner; nothing was written", **state.fields_of(lane)
+        )
         self._alarm_if_often(pipeline)
 
     def _alarm_if_often(self, pipeline: Pipeline) -> None:

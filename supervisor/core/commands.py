@@ -1,7 +1,7 @@
 """What an operator can ask of the running daemon (supervisor process, pure): pause, resume, drain, seek, status, stop.
 
-A command is answered once, at once or when it is done. An answer is a JSON-able mapping with ``ok``, and ``error`` where
-it is false.
+A command is answered once, at once or when it is done. An answer is a JSON-able mapping with ``ok``, and ``error``
+where it is false.
 """
 
 from __future__ import annotations
@@ -180,5 +180,3 @@ def _target(to: Any) -> SeekTarget:
     if isinstance(to, dict) and isinstance(to.get("timestamp_ms"), int):
         return SeekTarget(timestamp_ms=to["timestamp_ms"])
     raise Refused(f'{to!r} is no offset, "earliest", "latest" or timestamp')
-
-

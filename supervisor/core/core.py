@@ -36,7 +36,6 @@ from speedlayer.supervisor.core.workforce import Worker, WorkerState
 from speedlayer.workers import protocol as p
 
 
-
 class Core:
     """The supervisor as a state machine. ``seed`` decides jitter, and nothing else.
 
@@ -220,7 +219,11 @@ class Core:
         elif event.problem is e.FetchProblem.OUT_OF_RANGE:
             state.reclaim(lane, f"offset out of range: {event.message}")
         else:
-            state.trouble[event.partition.group] = (state.now, event.problem.value, f"{lane.partition}: {event.message}")
+            state.trouble[event.partition.group] = (
+                state.now,
+                event.problem.value,
+                f"{lane.partition}: {event.message}",
+            )
             state.log(WARNING, f"{lane.partition} can not be read: {event.message}", **state.fields_of(lane))
 
     def _positions_unknown(self, event: e.PositionsUnknown) -> None:
@@ -326,6 +329,6 @@ class Core:
             return
         state.silence_told = True
         for pipeline in state.pipelines.values():
-            state.log(INFO, f"pipeline {pipeline.name}: no message for {SILENCE_SECONDS:g} s: {why_silent(state, pipeline)}")
-
-
+            state.log(
+                INFO, f"pipeline {pipeline.name}: no message for {SILENCE_SECONDS:g} s: {why_silent(state, pipeline)}"
+            )

@@ -1,8 +1,8 @@
-"""The flow: what is read when, how batches become flights, and where the brake and the budget stop it (supervisor, pure).
+"""The flow: what is read when, how batches become flights, where brake and budget stop it (supervisor process, pure).
 
 A lane's open batch is ready when it holds enough rows or bytes, or is old enough. A flight takes the ready lanes of one
-pipeline that are bound to one worker, and fills up with their neighbours that are not ready yet: with 500 partitions and
-little traffic, one transaction each would be 500 commits.
+pipeline that are bound to one worker, and fills up with their neighbours that are not ready yet: with 500 partitions
+and little traffic, one transaction each would be 500 commits.
 """
 
 from __future__ import annotations
@@ -111,9 +111,9 @@ class Flow:
         packed: list[tuple[Lane, list[Slice], int]] = []
         for lane in lanes:
             head = lane.batch.slices[0] if lane.batch.slices else None
-            if head is not None and (head.size_bytes > size_bytes or head.count > rows):
-                if packed or (head.size_bytes > room and worker.flights):
-                    continue
+            too_large = head is not None and (head.size_bytes > size_bytes or head.count > rows)
+            if head is not None and too_large and (packed or (head.size_bytes > room and worker.flights)):
+                continue
             slices = lane.batch.take(rows, size_bytes, self._state.now)
             rows -= sum(piece.count for piece in slices)
             size_bytes -= sum(piece.size_bytes for piece in slices)
@@ -280,7 +280,9 @@ class Flow:
         if pipeline.blocked_flights.pop(flight_id, None) is None or pipeline.blocked_flights:
             return
         if pipeline.release(Hold.BLOCKED):
-            self._state.log(INFO, f"pipeline {pipeline.name} goes on: its sink takes rows again", pipeline=pipeline.name)
+            self._state.log(
+                INFO, f"pipeline {pipeline.name} goes on: its sink takes rows again", pipeline=pipeline.name
+            )
 
     def lost_with(self, worker: Worker) -> None:
         """A worker died: its flights' fate is not known, and its credit is void."""
@@ -316,7 +318,9 @@ class Flow:
         if not pipeline.brake.should_pause(self._state.now, drained):
             pipeline.release(Hold.OVERLOAD)
             self._state.log(
-                INFO, f"pipeline {pipeline.name} resumes: the pause is over, the queues are drained", pipeline=pipeline.name
+                INFO,
+                f"pipeline {pipeline.name} resumes: the pause is over, the queues are drained",
+                pipeline=pipeline.name,
             )
 
     def _regulate_memory(self, pipeline: Pipeline) -> None:
@@ -335,7 +339,8 @@ class Flow:
 
     def _patience(self, pipeline: Pipeline) -> float:
         """A group with one pipeline just does not poll for messages for a while; among several, only the full one must
-        be let go."""
+        be let go.
+        """
         alone = sum(other.config.group == pipeline.config.group for other in self._state.pipelines.values()) == 1
         return FULL_PATIENCE_SECONDS if alone else 0.0
 
@@ -359,7 +364,9 @@ class Flow:
         """Whether everything that was read is written."""
         if self._state.workforce.flights_of(pipeline.name):
             return False
-        return not any(lane.batch.slices or lane.position_moved for lane in self._state.ledger.of_pipeline(pipeline.name))
+        return not any(
+            lane.batch.slices or lane.position_moved for lane in self._state.ledger.of_pipeline(pipeline.name)
+        )
 
     def is_at_rest(self, pipeline: Pipeline) -> bool:
         """Whether nothing is in flight, and what was read is written or can not be written now."""
@@ -373,5 +380,3 @@ class Flow:
             pipeline.buffered_bytes -= lane.batch.size_bytes
             lane.batch = OpenBatch()
             lane.expected = lane.dispatched
-
-

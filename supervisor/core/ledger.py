@@ -8,8 +8,8 @@ A lane's three offsets always stand in this order::
        |             everything below it is in a flight or written
        everything below it is final in PostgreSQL
 
-A lane that loses the certainty about its flights (a worker died, a COMMIT was not answered, it was fenced) drops what it
-holds and claims again: what the claim returns is final, and reading goes on from there.
+A lane that loses the certainty about its flights (a worker died, a COMMIT was not answered, it was fenced) drops what
+it holds and claims again: what the claim returns is final, and reading goes on from there.
 """
 
 from __future__ import annotations

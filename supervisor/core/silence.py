@@ -1,4 +1,4 @@
-"""Why no message comes (supervisor process, pure): the sentence that a daemon owes its operator after ten quiet seconds."""
+"""Why no message comes: the sentence that a daemon owes its operator after ten quiet seconds (supervisor, pure)."""
 
 from __future__ import annotations
 

@@ -54,7 +54,9 @@ def _pipeline(state: State, pipeline: Pipeline) -> dict[str, Any]:
         "slow_count": brake.slow_count,
         "max_slow_flushes": brake.max_slow_flushes,
         "overload_count": brake.overload_count,
-        "paused_until_seconds": None if brake.pause_until is None else round(max(0.0, brake.pause_until - state.now), 3),
+        "paused_until_seconds": None
+        if brake.pause_until is None
+        else round(max(0.0, brake.pause_until - state.now), 3),
         "rows": counters.rows,
         "filtered": counters.filtered,
         "dead_lettered": counters.dead_lettered,

@@ -1,4 +1,4 @@
-"""Everything the core remembers, and the list of actions that the current event has led to (supervisor process, pure)."""
+"""All that the core remembers, and the actions that the current event has led to (supervisor process, pure)."""
 
 from __future__ import annotations
 

@@ -66,7 +66,8 @@ class Worker:
 
     def room(self) -> int:
         """Bytes that may still be sent to it; 0 without credit. An idle worker takes anything: a message larger than
-        the credit travels alone."""
+        the credit travels alone.
+        """
         if self.state is not WorkerState.READY or len(self.flights) >= self.credit_flights:
             return 0
         return max(self.credit_bytes - self.size_bytes, 0 if self.flights else 1)
@@ -113,6 +114,4 @@ class Workforce:
 
     def queues_drained(self, pipeline: str) -> bool:
         """Whether no flight of the pipeline waits in a queue: each worker has at most the one that it is writing."""
-        return all(
-            sum(flight.pipeline == pipeline for flight in worker.flights.values()) <= 1 for worker in self
-        )
+        return all(sum(flight.pipeline == pipeline for flight in worker.flights.values()) <= 1 for worker in self)
