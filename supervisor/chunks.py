@@ -59,7 +59,7 @@ def _cut(messages: list[Message], limit_bytes: int) -> Iterator[list[Message]]:
 def _pack(messages: list[Message], separator: bytes) -> Run:
     kind = type(messages[0])
     first, last = messages[0], messages[-1]
-    offsets = array("q", map(kind.offset, messages))
+    offsets = array("q", map(kind.offset, messages))  # type: ignore[type-var]  # none without an offset
     timestamps = array("q", [stamp[1] for stamp in map(kind.timestamp, messages)])
     keys, key_lengths = _column(list(map(kind.key, messages)))
     values, value_lengths = _column(list(map(kind.value, messages)))

@@ -24,7 +24,7 @@ from confluent_kafka import (
     TopicCollection,
     TopicPartition,
 )
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 from speedlayer.supervisor.consumer import COMMIT_METADATA
 from speedlayer.supervisor.core import events as e
@@ -133,7 +133,7 @@ class Scout:
     def _find_cluster(self) -> bool:
         while True:
             try:
-                cluster = self._admin.list_topics(timeout=QUESTION_TIMEOUT_SECONDS).cluster_id or ""
+                cluster = self._admin.list_topics(timeout=QUESTION_TIMEOUT_SECONDS).cluster_id
             except KafkaException as error:
                 found = error.args[0]
                 self._inbox.put(e.ConsumerTrouble(time.monotonic(), "", found.name(), f"no broker: {found.str()}"))
@@ -210,8 +210,10 @@ class Scout:
 
     def _watermarks(self, partitions: Iterable[e.Partition]) -> dict[e.Partition, tuple[int, int]]:
         wanted = list(partitions)
-        lows = self._offsets({partition: OffsetSpec.earliest() for partition in wanted})
-        highs = self._offsets({partition: OffsetSpec.latest() for partition in wanted})
+        earliest: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
+        latest: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+        lows = self._offsets(dict.fromkeys(wanted, earliest))
+        highs = self._offsets(dict.fromkeys(wanted, latest))
         return {partition: (lows[partition], highs[partition]) for partition in wanted}
 
     def _offsets(self, wanted: Mapping[e.Partition, OffsetSpec]) -> dict[e.Partition, int]:
