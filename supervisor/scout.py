@@ -133,7 +133,7 @@ class Scout:
     def _find_cluster(self) -> bool:
         while True:
             try:
-                cluster = self._admin.list_topics(timeout=QUESTION_TIMEOUT_SECONDS).cluster_id
+                cluster = str(self._admin.list_topics(timeout=QUESTION_TIMEOUT_SECONDS).cluster_id)
             except KafkaException as error:
                 found = error.args[0]
                 self._inbox.put(e.ConsumerTrouble(time.monotonic(), "", found.name(), f"no broker: {found.str()}"))
