@@ -173,23 +173,24 @@ def check_with_librdkafka(properties: Mapping[str, Any]) -> None:
     """
     from confluent_kafka import Consumer, KafkaException
 
-    silent = {name: value for name, value in properties.items() if name not in _ADDRESSES and name != "debug"}
+    given = {name: value for name, value in properties.items() if name not in _ADDRESSES}
     try:
-        Consumer({**silent, "group.id": "speedlayer-check"}).close()
+        # log_level 0: what librdkafka has to say of the properties, the real consumer says again.
+        Consumer({**given, "group.id": "speedlayer-check", "log_level": "0"}).close()
     except KafkaException as error:
-        raise _refusal(error.args[0].str()) from error
+        raise _refusal(error.args[0].str().strip(), given) from error
 
 
 _ADDRESSES = ("bootstrap.servers", "metadata.broker.list")
 
 
-def _refusal(message: str) -> InvalidSetting:
+def _refusal(message: str, given: Mapping[str, Any]) -> InvalidSetting:
     """Turn librdkafka's message, which quotes the property's name, into an error that suggests the right one."""
-    quoted = re.findall(r'"([^"]+)"', message)
-    name = quoted[-1] if quoted else "kafka"
+    quoted = [name for name in re.findall(r'["`]([^"`]+)["`]', message) if name in given]
+    name = quoted[0] if quoted else "librdkafka"
     if message.startswith("No such configuration property"):
         return InvalidSetting(name, "is not a property of librdkafka" + suggestion(name, _COMMON))
-    return InvalidSetting(name, f"librdkafka says: {message}")
+    return InvalidSetting(name, f"librdkafka refuses it: {message}")
 
 
 def _as_text(name: str, value: Any) -> Any:

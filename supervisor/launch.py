@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from speedlayer.supervisor import logs
+from speedlayer.supervisor import control, logs
 from speedlayer.supervisor.errors import SpeedlayerError, exit_code_of
 from speedlayer.supervisor.exit_codes import ExitCode
 from speedlayer.supervisor.settings import DaemonSettings
+
+if TYPE_CHECKING:
+    from speedlayer.supervisor.supervisor import Supervisor
 
 
 def run_daemon(settings: DaemonSettings) -> int:
@@ -18,7 +25,9 @@ def run_daemon(settings: DaemonSettings) -> int:
 
     logs.configure(settings.log, logs.secrets_of(settings))
     try:
-        return Supervisor(settings).run()
+        supervisor = Supervisor(settings)
+        with _control(settings, supervisor), _http(settings, supervisor):
+            code = supervisor.run()
     except SpeedlayerError as error:
         logs.log(logging.ERROR, str(error))
         return exit_code_of(error)
@@ -27,6 +36,9 @@ def run_daemon(settings: DaemonSettings) -> int:
             logging.ERROR, "a fault in speedlayer itself ended the daemon; what is committed stays", exception=True
         )
         return ExitCode.INTERNAL_ERROR
+    if supervisor.stuck:
+        _exit_now(code)
+    return code
 
 
 def run_or_exit(settings_of: Callable[[], DaemonSettings]) -> None:
@@ -39,3 +51,44 @@ def run_or_exit(settings_of: Callable[[], DaemonSettings]) -> None:
     code = run_daemon(settings)
     if code != ExitCode.OK:
         sys.exit(code)
+
+
+def socket_of(settings: DaemonSettings) -> Path:
+    """Return the path of the daemon's control socket."""
+    return Path(settings.control.socket or control.default_path(settings.group_ids[0]))
+
+
+@contextlib.contextmanager
+def _control(settings: DaemonSettings, supervisor: Supervisor) -> Iterator[None]:
+    server = control.ControlServer(socket_of(settings), supervisor.inbox)
+    server.start()
+    logs.log(logging.INFO, f"commands are taken on {server.path}")
+    try:
+        yield
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def _http(settings: DaemonSettings, supervisor: Supervisor) -> Iterator[None]:
+    if settings.http.listen is None:
+        yield
+        return
+    from speedlayer.supervisor.metrics import HttpServer
+
+    server = HttpServer(settings.http.listen, supervisor.snapshot)
+    server.start()
+    host, port = server.address
+    logs.log(logging.INFO, f"metrics and health are served on http://{host}:{port}/metrics, /healthz and /readyz")
+    try:
+        yield
+    finally:
+        server.stop()
+
+
+def _exit_now(code: int) -> None:
+    """Leave without waiting for librdkafka's threads, which may hang for minutes when the broker is gone."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
