@@ -41,6 +41,10 @@ class SinkUnavailable(SinkError):
     """The database can not be reached or takes no writes now. Surely rolled back; the batch is kept."""
 
 
+class ConnectionLost(SinkUnavailable):
+    """The connection broke. Rolled back, unless COMMIT was under way: then this becomes `FateUnknown`."""
+
+
 class SinkContended(SinkError):
     """A deadlock, a serialization failure or a lock timeout. Surely rolled back; the transaction is tried again."""
 

@@ -1,0 +1,134 @@
+"""The flush thread of one pipeline in a worker: flights in, reports out (worker processes).
+
+Each pipeline has a thread of its own, so that one whose table is locked or missing holds up no other.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+
+import msgspec
+
+from speedlayer.workers.errors import FateUnknown, SinkError
+from speedlayer.workers.protocol import FailureKind, Flight, FlushBlocked, FlushFailed, FlushReport, LaneKey
+from speedlayer.workers.reporter import Reporter, cut
+from speedlayer.workers.retry import FINISHING_WAIT_SECONDS, Block, block_of, with_patience
+from speedlayer.workers.sinks.base import SinkSession, WriteOutcome
+
+
+class FlushDesk:
+    """Writes the flights of one pipeline in their order, each for as long as it takes."""
+
+    def __init__(
+        self, session: SinkSession, reporter: Reporter, epoch_of: Callable[[LaneKey], int], *, pipeline: str
+    ) -> None:
+        self._session = session
+        self._reporter = reporter
+        self._epoch_of = epoch_of
+        self._pipeline = pipeline
+        self._inbox: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
+        self._finishing = threading.Event()
+
+    def put(self, flight: Flight) -> None:
+        """Take in a flight (any thread)."""
+        self._inbox.put(flight)
+
+    def finish(self) -> None:
+        """No flight comes any more: write what is here, without patience for what can not be written (any thread)."""
+        self._finishing.set()
+        self._inbox.put(None)
+
+    def serve(self) -> None:
+        """Work until the inbox is done; the thread's target."""
+        while self._handle_next():
+            pass
+
+    def _handle_next(self) -> bool:
+        # No name outlives this call: a flight's bytes are given back before the next one is waited for.
+        flight = self._inbox.get()
+        if flight is None:
+            return False
+        self._handle(flight)
+        return True
+
+    def _handle(self, flight: Flight) -> None:
+        taken_at = time.monotonic()
+        failures = 0
+
+        def on_blocked(block: Block, retry_seconds: float, attempt: int) -> None:
+            nonlocal failures
+            failures = attempt
+            self._reporter.send(
+                FlushBlocked(
+                    flight.flight_id,
+                    flight.pipeline,
+                    block.kind,
+                    cut(block.reason),
+                    cut(block.remedy),
+                    block.sqlstate,
+                    retry_seconds,
+                    attempt,
+                )
+            )
+
+        try:
+            outcome = with_patience(
+                lambda: self._write(flight),
+                on_blocked=on_blocked,
+                sleep=self._sleep,
+                finishing=self._finishing.is_set,
+            )
+        except BaseException as error:
+            self._report_failure(flight, error)
+            return
+        self._reporter.send(
+            FlushReport(
+                flight.flight_id,
+                flight.pipeline,
+                outcome.duration_seconds,
+                time.monotonic() - taken_at,
+                outcome.rows,
+                outcome.filtered,
+                outcome.dead_lettered,
+                failures,
+                list(outcome.fenced),
+            )
+        )
+
+    def _write(self, flight: Flight) -> WriteOutcome:
+        """Write what may still be written: a part whose lane was claimed again since is fenced without a question."""
+        stale = [index for index, part in enumerate(flight.parts) if part.epoch < self._epoch_of(part.lane)]
+        if not stale:
+            return self._session.write(flight)
+        fresh = [index for index in range(len(flight.parts)) if index not in set(stale)]
+        if not fresh:
+            return WriteOutcome(0.0, 0, 0, 0, tuple(stale))
+        outcome = self._session.write(msgspec.structs.replace(flight, parts=[flight.parts[index] for index in fresh]))
+        return replace(outcome, fenced=tuple(sorted([*stale, *(fresh[index] for index in outcome.fenced)])))
+
+    def _report_failure(self, flight: Flight, error: BaseException) -> None:
+        kind = FailureKind.FATE_UNKNOWN if isinstance(error, FateUnknown) else FailureKind.ABANDONED
+        block = block_of(error)
+        if block.internal:
+            self._reporter.log(
+                logging.ERROR,
+                "a flush failed on a fault in the code; its partitions are claimed and read again\n"
+                + "".join(traceback.format_exception(error)[-6:]),
+                {"pipeline": self._pipeline, "flight_id": flight.flight_id},
+            )
+        sqlstate = error.sqlstate if isinstance(error, SinkError) else None
+        reason = str(error) if isinstance(error, FateUnknown) else block.reason
+        self._reporter.send(FlushFailed(flight.flight_id, flight.pipeline, kind, cut(reason), sqlstate))
+
+    def _sleep(self, seconds: float) -> None:
+        """Wait; a request to finish ends a long wait, and what is left of the attempts is made at short ones."""
+        if self._finishing.is_set():
+            time.sleep(min(seconds, FINISHING_WAIT_SECONDS))
+        else:
+            self._finishing.wait(seconds)
