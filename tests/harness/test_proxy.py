@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import psycopg2
 import pytest
+
 from fixtures.ports import HOST
 from fixtures.postgres import PostgresServer, connect, execute, query
 from fixtures.proxy import Proxy

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import psycopg2
 import pytest
+
 from fixtures.compare import assert_table_equals, compare, last_of_each_key
 from fixtures.kafka import Broker, LogRecord, Message, PacedProducer
 from fixtures.postgres import PostgresServer, Shutdown, connect, execute, locked, query, scalar
