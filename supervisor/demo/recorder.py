@@ -175,5 +175,6 @@ class Recorder:
             news.append(f"resumed by itself after {seconds:.1f} s, {sample.lag:,} messages wait")
         if before is not None and sample.dead_letters > before.dead_letters:
             count = sample.dead_letters - before.dead_letters
-            news.append(f"{count} broken {'order' if count == 1 else 'orders'} became dead letters")
+            what = "broken order became a dead letter" if count == 1 else "broken orders became dead letters"
+            news.append(f"{count} {what}")
         return news
