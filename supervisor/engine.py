@@ -10,9 +10,9 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union, cast
 
-from speedlayer.supervisor import kafka_properties
+from speedlayer.supervisor import kafka_properties, main_guard
 from speedlayer.supervisor.errors import ConfigurationError, InvalidSetting
 from speedlayer.supervisor.settings import (
     BrakeSettings,
@@ -122,12 +122,12 @@ class SimpleStreamingEngine:
         self._kafka = kafka_properties.check(config)
         self._brake = _brake_of(brake)
         self._sections: dict[str, Any] = {
-            "workers": WorkerSettings(count=workers, start_method=start_method, credit_flights=credit_flights),
-            "memory": MemorySettings(budget_mb=memory_budget_mb),
-            "shutdown": ShutdownSettings(deadline_seconds=shutdown_deadline_seconds),
-            "control": ControlSettings(socket=control_socket),
-            "http": HttpSettings(listen=http_listen),
-            "log": LogSettings(level=log_level, format=log_format),
+            "workers": _made(WorkerSettings, count=workers, start_method=start_method, credit_flights=credit_flights),
+            "memory": _made(MemorySettings, budget_mb=memory_budget_mb),
+            "shutdown": _made(ShutdownSettings, deadline_seconds=shutdown_deadline_seconds),
+            "control": _made(ControlSettings, socket=control_socket),
+            "http": _made(HttpSettings, listen=http_listen),
+            "log": _made(LogSettings, level=log_level, format=log_format),
         }
         self._pipelines: list[_Pipeline] = []
 
@@ -188,10 +188,33 @@ class SimpleStreamingEngine:
 
         Returns when it stopped in good order; otherwise the process exits with a code of docs/exit-codes.md.
         """
-        _refuse_a_worker()
         from speedlayer.supervisor.launch import run_or_exit
 
-        run_or_exit(self.settings)
+        def settings() -> DaemonSettings:
+            main_guard.require()
+            return self.settings()
+
+        run_or_exit(settings)
+
+
+# How the arguments of the engine are called whose settings have another name.
+_ARGUMENTS = {
+    "count": "workers",
+    "budget_mb": "memory_budget_mb",
+    "deadline_seconds": "shutdown_deadline_seconds",
+    "socket": "control_socket",
+    "listen": "http_listen",
+    "level": "log_level",
+    "format": "log_format",
+}
+
+
+def _made(section: Callable[..., Any], **values: Any) -> Any:
+    """Make a section of the settings; an error names the engine's argument."""
+    try:
+        return section(**values)
+    except InvalidSetting as error:
+        raise InvalidSetting(_ARGUMENTS.get(error.key, error.key), error.problem) from error
 
 
 def _brake_of(given: Union[BrakeSettings, Mapping[str, Any], None]) -> BrakeSettings:
@@ -201,7 +224,7 @@ def _brake_of(given: Union[BrakeSettings, Mapping[str, Any], None]) -> BrakeSett
     for name in given:
         if name not in known:
             raise InvalidSetting(f"brake.{name}", f"is not one of {', '.join(known)}")
-    return BrakeSettings(**given)
+    return cast(BrakeSettings, _made(BrakeSettings, **given))
 
 
 def _brake_for(sink: Sink, brake: BrakeSettings) -> BrakeSettings:
@@ -215,16 +238,3 @@ def _main_file() -> Optional[Path]:
     """Return the file of the program, None in an interactive one."""
     file = getattr(sys.modules["__main__"], "__file__", None)
     return Path(file) if file else None
-
-
-def _refuse_a_worker() -> None:
-    """Refuse to start a daemon in a worker: it has imported the user's file, which calls `run` without a guard."""
-    import multiprocess
-
-    if multiprocess.parent_process() is None:
-        return
-    raise ConfigurationError(
-        "a worker process imported the file that calls engine.run(); put the call below a guard:\n"
-        '    if __name__ == "__main__":\n'
-        "        engine.run()"
-    )

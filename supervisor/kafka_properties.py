@@ -181,6 +181,24 @@ def check_with_librdkafka(properties: Mapping[str, Any]) -> None:
         raise _refusal(error.args[0].str().strip(), given) from error
 
 
+def for_admin(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the properties without those of a consumer, each of which an admin client would warn about."""
+    return {name: value for name, value in properties.items() if not name.startswith(_CONSUMER_ONLY)}
+
+
+_CONSUMER_ONLY = (
+    "group.",
+    "session.timeout",
+    "heartbeat.interval",
+    "max.poll.interval",
+    "partition.assignment",
+    "isolation.level",
+    "fetch.",
+    "check.crcs",
+    "coordinator.query",
+    "allow.auto.create",
+)
+
 _ADDRESSES = ("bootstrap.servers", "metadata.broker.list")
 
 

@@ -26,6 +26,9 @@ STUCK_SECONDS = 30.0
 # A client that sends its request slower than this is let go.
 REQUEST_TIMEOUT_SECONDS = 10.0
 
+# How often the server looks whether it is to stop.
+STOP_POLL_SECONDS = 0.05
+
 DEFAULT_HOST = "127.0.0.1"
 
 Snapshot = Callable[[], Mapping[str, Any]]
@@ -243,7 +246,9 @@ class HttpServer:
             raise ConfigurationError(
                 f"[http] listen: {host}:{port} can not be listened on: {error.strerror}"
             ) from error
-        threading.Thread(target=self._server.serve_forever, name="speedlayer-http", daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, args=(STOP_POLL_SECONDS,), name="speedlayer-http", daemon=True
+        ).start()
 
     @property
     def address(self) -> tuple[str, int]:
