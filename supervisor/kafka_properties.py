@@ -7,7 +7,7 @@ into settings of speedlayer: ``group.id`` and ``auto.offset.reset``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -164,6 +164,14 @@ def check(given: Mapping[str, Any]) -> KafkaProperties:
             "partition.assignment.strategy", "group.protocol = consumer leaves the assignment to the broker"
         )
     return KafkaProperties(properties, group_id, start)
+
+
+def refusals() -> Iterator[tuple[str, str, str]]:
+    """Yield the properties that are not free: the name, what it may be, and why (for the reference)."""
+    for name, (ours, reason) in _OWNED.items():
+        yield name, "leave it out" if ours is None else ours, reason
+    for name, (allowed, reason) in _LIMITED.items():
+        yield name, ", ".join(allowed), reason
 
 
 def check_with_librdkafka(properties: Mapping[str, Any]) -> None:

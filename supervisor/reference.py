@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from speedlayer.supervisor import kafka_properties
 from speedlayer.supervisor.exit_codes import ExitCode
 from speedlayer.supervisor.metrics import GROUPS
 from speedlayer.supervisor.sections import Entry, Section, sections
@@ -97,7 +98,15 @@ def _section(section: Section) -> str:
         (f"`{entry.key}`", f"`{default_shown(entry)}`", _cell(entry.setting.range), _cell(entry.setting.meaning))
         for entry in section.entries
     )
-    return f"## `{section.title}`\n\n{section.meaning}\n\n" + _table(("key", "default", "range", "meaning"), rows)
+    text = f"## `{section.title}`\n\n{section.meaning}\n\n" + _table(("key", "default", "range", "meaning"), rows)
+    return text + _refused_properties() if section.open else text
+
+
+def _refused_properties() -> str:
+    rows = ((f"`{name}`", _cell(allowed), _cell(reason)) for name, allowed, reason in kafka_properties.refusals())
+    return "\nThese properties are speedlayer's own, or keep its promises with these values alone:\n\n" + _table(
+        ("property", "allowed", "why"), rows
+    )
 
 
 def exit_codes() -> str:
