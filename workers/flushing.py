@@ -113,18 +113,23 @@ class FlushDesk:
         return replace(outcome, fenced=tuple(sorted([*stale, *(fresh[index] for index in outcome.fenced)])))
 
     def _report_failure(self, flight: Flight, error: BaseException) -> None:
-        kind = FailureKind.FATE_UNKNOWN if isinstance(error, FateUnknown) else FailureKind.ABANDONED
-        block = block_of(error)
-        if block.internal:
+        if isinstance(error, FateUnknown):
+            kind, reason = FailureKind.FATE_UNKNOWN, str(error)
+        else:
+            kind, reason = FailureKind.ABANDONED, block_of(error).reason
+            self._tell_of_a_fault(flight, error)
+        sqlstate = error.sqlstate if isinstance(error, SinkError) else None
+        self._reporter.send(FlushFailed(flight.flight_id, flight.pipeline, kind, cut(reason), sqlstate))
+
+    def _tell_of_a_fault(self, flight: Flight, error: BaseException) -> None:
+        """Log the traceback of what no failure of the sink explains."""
+        if block_of(error).internal:
             self._reporter.log(
                 logging.ERROR,
                 "a flush failed on a fault in the code; its partitions are claimed and read again\n"
                 + "".join(traceback.format_exception(error)[-6:]),
                 {"pipeline": self._pipeline, "flight_id": flight.flight_id},
             )
-        sqlstate = error.sqlstate if isinstance(error, SinkError) else None
-        reason = str(error) if isinstance(error, FateUnknown) else block.reason
-        self._reporter.send(FlushFailed(flight.flight_id, flight.pipeline, kind, cut(reason), sqlstate))
 
     def _sleep(self, seconds: float) -> None:
         """Wait; a request to finish ends a long wait, and what is left of the attempts is made at short ones."""

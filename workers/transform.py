@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import dill
 
-from speedlayer.workers.errors import ConfigurationError, SpeedlayerError
+from speedlayer.workers.errors import ConfigurationError, SpeedlayerError, StreamingOverloadException
 
 
 class TransformError(SpeedlayerError):
@@ -64,14 +64,16 @@ class Transform:
                         break
                 elif not function(record):
                     return None
-        except Exception as error:
+        except (StreamingOverloadException, MemoryError):
+            raise  # neither is the record's fault: the batch is kept
+        except (Exception, SystemExit) as error:
             raise TransformError(f"{self.steps[position].name}: {_said(error)}") from error
         if record is None:
             raise TransformError(f"{self.steps[position].name}: returned None instead of a record")
         return record
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     text = str(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

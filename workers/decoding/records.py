@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Optional
 
+from speedlayer.workers.errors import StreamingOverloadException
 from speedlayer.workers.protocol import Chunk, Flight
 
 # In a reason: enough to recognise the cause, however long the value that an exception quotes.
@@ -189,7 +190,7 @@ def _split(ordinals: Sequence[int], bounds: Sequence[int]) -> Iterator[int]:
 def apply_transform(records: Records, transform: Callable[[Any], Any]) -> Records:
     """Run the transform over every row: None is filtered out, what raises or returns no object becomes dead.
 
-    The rows must be dicts (`TableWriter.decoder(transformed=True)`). Only `Exception`s are a record's fault.
+    The rows must be dicts (`TableWriter.decoder(transformed=True)`). An overload that the transform raises passes.
     """
     rows: list[Any] = []
     ordinals: list[int] = []
@@ -198,7 +199,9 @@ def apply_transform(records: Records, transform: Callable[[Any], Any]) -> Record
     for ordinal, row in zip(records.ordinals, records.rows, strict=True):
         try:
             result = transform(row)
-        except Exception as error:
+        except (StreamingOverloadException, MemoryError):
+            raise  # neither is the record's fault: the batch is kept
+        except (Exception, SystemExit) as error:
             dead.append(DeadRecord(ordinal, shorten_reason(reason_of(error))))
             continue
         if result is None:

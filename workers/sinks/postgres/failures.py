@@ -69,7 +69,8 @@ _BY_CLASS: dict[str, Verdict] = {
     "42": Verdict.MISCONFIGURED,
 }
 
-# Fragments of what libpq and the server say when a connection can not be opened, and the SQLSTATE that was not passed on.
+# Fragments of what libpq and the server say when a connection can not be opened, the SQLSTATE that was not passed on,
+# and the remedy.
 _CONNECT_TEXTS: tuple[tuple[str, Optional[str], str], ...] = (
     ("password authentication failed", "28P01", "correct the user or the password in the DSN"),
     ("no password supplied", "28P01", "put the password into the DSN, PGPASSWORD or a .pgpass file"),

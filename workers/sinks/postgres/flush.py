@@ -21,38 +21,32 @@ from speedlayer.workers.protocol import Flight
 from speedlayer.workers.sinks.postgres.connection import ROWS_SAVEPOINT, Connection
 from speedlayer.workers.sinks.postgres.dead_letters import write_dead_letters
 from speedlayer.workers.sinks.postgres.failures import Verdict, explain, verdict_on_rows
-from speedlayer.workers.sinks.postgres.isolate import Guilty, isolate
+from speedlayer.workers.sinks.postgres.isolate import Guilty, Write, isolate
 from speedlayer.workers.sinks.postgres.statements import Statements
-from speedlayer.workers.sinks.postgres.write import TableWriter, UnwritableRows
+from speedlayer.workers.sinks.postgres.write import UnwritableRows
 
 if TYPE_CHECKING:
     from psycopg2.extensions import cursor as Cursor
-
-# What a role-dependent policy can hide: 42501 for one row is that row's only where such a policy is in force.
-_ROW_POLICY_ALONE = """
-SELECT row_security_active(%(table)s::regclass) AND has_table_privilege(%(table)s::regclass, 'INSERT')
-"""
-
 
 @dataclass
 class FlushTransaction:
     """Carries out the operations of one flush. ``began_at`` is when the transaction that counts began.
 
-    ``look_again`` is called before any row is blamed, and raises if the table was altered; ``be_patient`` gets called with
-    an error that explains nothing, and raises until it has come often enough; ``rows_have_passed`` says that this
-    session has written rows to the table before, under the same definition.
+    ``look_again`` is called before any row is blamed, and raises if the table was altered; ``be_patient`` is called
+    with an error that explains nothing, and raises until it has come often enough. ``row_policy`` says that the table has
+    taken rows from us before and lets a policy decide about each: only then can a lone row be refused for its own sake.
     """
 
     connection: Connection
     cursor: Cursor
-    writer: TableWriter
+    write: Write
     flight: Flight
     records: Records
     worker: str
     table: str
     look_again: Callable[[], None]
     be_patient: Callable[[psycopg2.Error], None]
-    rows_have_passed: bool
+    row_policy: bool
     on_begin: Callable[[], None]
     began_at: float = 0.0
     _written: Records | None = None
@@ -87,7 +81,7 @@ class FlushTransaction:
     def _write_or_blame(self, records: Records) -> Records:
         """Write the rows; those that the table does not take move to the dead."""
         try:
-            self.writer.write(self.cursor, records.rows)
+            self.write(self.cursor, records.rows)
             return records
         except UnwritableRows:
             pass  # `isolate` finds them
@@ -112,7 +106,7 @@ class FlushTransaction:
     def _search(self, records: Records) -> list[Guilty]:
         self.cursor.execute(f"ROLLBACK TO SAVEPOINT {ROWS_SAVEPOINT}")
         self.look_again()
-        return isolate(self.writer.write, self.cursor, records.rows)
+        return isolate(self.write, self.cursor, records.rows)
 
     def _acquit_rows_of_the_sinks_fault(self, guilty: list[Guilty], count: int) -> None:
         """Where no row passes for a reason that need not be the rows', the sink is to blame, and the rows wait."""
@@ -120,20 +114,13 @@ class FlushTransaction:
         if len(guilty) < count or not excuses:
             return
         found = excuses[0]
-        if count == 1 and found.verdict is Verdict.SUSPECT and self._only_a_row_policy_refuses():
+        if count == 1 and found.verdict is Verdict.SUSPECT and self.row_policy:
             return
         raise SinkMisconfigured(
             f"{self.table} takes none of {count} rows: {found.reason}",
             sqlstate=found.sqlstate,
             remedy="mend what the message names; the batch is kept and tried again",
         )
-
-    def _only_a_row_policy_refuses(self) -> bool:
-        """Whether a single refused row (it has no neighbours to compare with) is refused by a row-level policy."""
-        if not self.rows_have_passed:
-            return False
-        rows = self.connection.execute(_ROW_POLICY_ALONE, {"table": self.table}, doing="looking at row policies")
-        return rows == [(True,)]
 
     def _write_dead_letters(self) -> None:
         assert self._written is not None

@@ -56,7 +56,7 @@ CREATE TABLE speedlayer.checkpoints (
     autovacuum_analyze_scale_factor = 0
 );
 COMMENT ON TABLE speedlayer.checkpoints IS
-    'Where each partition''s rows end, written in the transaction that writes them. Do not edit: speedlayer offsets seek.';
+    'Where each partition''s rows end, moved by the transaction that writes them. By hand: speedlayer offsets seek.';
 """
 
 _DEAD_LETTERS = """
@@ -82,7 +82,7 @@ CREATE TABLE speedlayer.dead_letters (
 CREATE INDEX dead_letters_message ON speedlayer.dead_letters (pipeline, topic, partition, "offset");
 CREATE INDEX dead_letters_at ON speedlayer.dead_letters (at);
 COMMENT ON TABLE speedlayer.dead_letters IS
-    'Messages that could not become rows, byte for byte, with the reason. speedlayer writes them and never reads them.';
+    'Messages that could not become rows, byte for byte, with the reason.';
 """
 
 _GAPS = """
@@ -103,7 +103,8 @@ COMMENT ON TABLE speedlayer.gaps IS
     'Where a checkpoint jumped from one offset to another without the messages between them, and why.';
 """
 
-# The n-th entry brings version n - 1 to version n. An entry that was released is never edited: a correction is a new one.
+# The n-th entry brings version n - 1 to version n. An entry that was released is never edited: what corrects it is a new
+# one.
 MIGRATIONS: tuple[str, ...] = (_CHECKPOINTS + _DEAD_LETTERS + _GAPS,)
 SCHEMA_VERSION = len(MIGRATIONS)
 
@@ -114,7 +115,7 @@ CREATE TABLE IF NOT EXISTS speedlayer.schema_version (
 );
 """
 
-# The least a worker's role needs; DELETE is for `speedlayer dead-letters purge`, so the workers go without it.
+# The least that a worker's role needs.
 _GRANTS: tuple[str, ...] = (
     "USAGE ON SCHEMA speedlayer",
     "SELECT ON speedlayer.schema_version",
@@ -143,6 +144,7 @@ def ensure_schema(connection: Connection) -> None:
 
 def _version(cursor: Cursor) -> Optional[int]:
     """The version of the schema that is there; None without one."""
+    # Not to_regclass: it may answer from a cache that does not know yet what another migrator has just committed.
     cursor.execute("SELECT 1 FROM pg_catalog.pg_tables WHERE schemaname = 'speedlayer' AND tablename = 'schema_version'")
     if cursor.fetchone() is None:
         return None

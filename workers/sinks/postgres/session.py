@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional, TypeVar
 
@@ -17,8 +17,8 @@ import psycopg2
 
 from speedlayer.workers import checkpoint
 from speedlayer.workers.checkpoint import Backend, Purpose
-from speedlayer.workers.decoding.json_records import decode_flight
-from speedlayer.workers.decoding.records import Records, apply_transform
+from speedlayer.workers.decoding.json_records import DictDecoder, decode_flight
+from speedlayer.workers.decoding.records import DeadRecord, Records, apply_transform
 from speedlayer.workers.errors import ConnectionLost, SinkContended, SinkMisconfigured, SpeedlayerError
 from speedlayer.workers.protocol import Claim, Claimed, Fenced, Flight, LaneKey, Seed
 from speedlayer.workers.sinks.base import SinkContext, SinkSession, WriteOutcome
@@ -32,6 +32,8 @@ from speedlayer.workers.sinks.postgres.table import Table, load_for
 from speedlayer.workers.sinks.postgres.write import TableWriter
 
 if TYPE_CHECKING:
+    from psycopg2.extensions import cursor as Cursor
+
     from speedlayer.workers.sinks.postgres.sink import PostgreSQLSink
 
 T = TypeVar("T")
@@ -60,6 +62,10 @@ class _Plan:
     writer: TableWriter
     checked_at: float
     rows_have_passed: bool = False
+
+
+def _write_nothing(cursor: Cursor, rows: Sequence[Any]) -> None:
+    assert not rows, "rows without a table"
 
 
 class PostgreSQLSession(SinkSession):
@@ -112,27 +118,28 @@ class PostgreSQLSession(SinkSession):
     def _write(self, flight: Flight) -> WriteOutcome:
         connection = self._open(self._flush)
         plan = self._current_plan(connection, flight)
-        records = self._decode(connection, plan, flight)
+        records = self._prepare(plan, flight) if plan else self._prepare_without_table(flight)
         self._name_backend(connection, flight)
         with connection.cursor() as cursor:
             transaction = FlushTransaction(
                 connection=connection,
                 cursor=cursor,
-                writer=plan.writer,
+                write=plan.writer.write if plan else _write_nothing,
                 flight=flight,
                 records=records,
                 worker=self._context.worker,
                 table=self._sink.table,
-                look_again=lambda: self._check_plan(plan),
+                look_again=lambda: self._check_plan(plan) if plan else None,
                 be_patient=lambda error: self._be_patient(flight, error),
-                rows_have_passed=plan.rows_have_passed,
+                row_policy=plan is not None and plan.rows_have_passed and plan.table.row_security,
                 on_begin=self._note_begin,
             )
             self._flush_started = time.monotonic()
             result = checkpoint.run(checkpoint.flush(flight.parts, flight.owner), transaction.execute)
             ended_at = time.monotonic()
         rows = sum(count.rows for count in result.counts)
-        plan.rows_have_passed |= rows > 0
+        if plan is not None and rows:
+            plan.rows_have_passed = True
         return WriteOutcome(
             duration_seconds=ended_at - transaction.began_at if result.written else 0.0,
             rows=rows,
@@ -154,19 +161,24 @@ class PostgreSQLSession(SinkSession):
                 f"writing rows to {self._sink.table}: {message_of(error)}", sqlstate=error.pgcode
             ) from error
 
-    def _current_plan(self, connection: Connection, flight: Flight) -> _Plan:
-        """The plan for this connection, loaded anew when it is old (what a writer keeps ends with its connection)."""
+    def _current_plan(self, connection: Connection, flight: Flight) -> Optional[_Plan]:
+        """The plan for this connection, loaded anew when it is old (what a writer keeps ends with its connection).
+
+        None while there is no table and the flight holds nothing to make it from.
+        """
         plan, now = self._plan, time.monotonic()
         if plan is None or plan.connection is not connection:
             table = self._load(connection, flight)
+            if table is None:
+                return None
             plan = self._plan = _Plan(connection, table, TableWriter(table, self._sink), now)
         elif now - plan.checked_at >= PLAN_CHECK_SECONDS:
             self._check_plan(plan)
         return plan
 
-    def _load(self, connection: Connection, flight: Optional[Flight]) -> Table:
+    def _load(self, connection: Connection, flight: Flight) -> Optional[Table]:
         try:
-            return load_for(connection.raw, self._sink, flight)
+            return load_for(connection.raw, self._sink, flight, self._context.transform)
         except psycopg2.Error as error:
             raise explain(error, connection.raw, f"reading the definition of {self._sink.table}") from error
 
@@ -182,7 +194,7 @@ class PostgreSQLSession(SinkSession):
             raise _PlanChanged(self._sink.table)
         plan.checked_at = time.monotonic()
 
-    def _decode(self, connection: Connection, plan: _Plan, flight: Flight) -> Records:
+    def _prepare(self, plan: _Plan, flight: Flight) -> Records:
         """Everything that needs no transaction: decode, transform, encode."""
         transform = self._context.transform
         records = decode_flight(flight, plan.writer.decoder(transformed=transform is not None))
@@ -193,6 +205,14 @@ class PostgreSQLSession(SinkSession):
             # A field without a column, or a value too long for one: was the column added or widened just now?
             self._check_plan(plan)
         return records
+
+    def _prepare_without_table(self, flight: Flight) -> Records:
+        """Nothing in the flight says what columns the new table should have: there are dead letters at most."""
+        records = decode_flight(flight, DictDecoder())
+        if self._context.transform is not None:
+            records = apply_transform(records, self._context.transform)
+        reason = f"{self._sink.table} is not made yet, and this record has no field to make it from"
+        return records.bury([DeadRecord(ordinal, reason) for ordinal in records.ordinals])
 
     def _name_backend(self, connection: Connection, flight: Flight) -> None:
         """Let the checkpoints name the backend that flushes now, where they name another (the connection is new)."""

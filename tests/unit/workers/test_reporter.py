@@ -1,0 +1,62 @@
+"""Reports fit into one atomic write, whatever the texts in them."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fixtures.flights import Pipe
+from speedlayer.workers.protocol import (
+    REPORT_LIMIT_BYTES,
+    BlockKind,
+    FailureKind,
+    FlushBlocked,
+    FlushFailed,
+    FlushReport,
+    WorkerLog,
+    encode_report,
+)
+from speedlayer.workers.reporter import Reporter, ReportHandler, cut
+
+
+@given(st.text(max_size=100) | st.text("aé€😀\ud800\0", min_size=400, max_size=3000))
+def test_a_text_is_cut_to_its_limit(text: str) -> None:
+    short = cut(text)
+    assert len(short.encode()) <= 1_500
+    if len(short) == len(text):
+        assert short == text
+
+
+@pytest.mark.parametrize("character", ["a", "é", "€", "😀", "\ud800"])
+def test_the_longest_reports_fit(character: str) -> None:
+    text = cut(character * 10_000)
+    encode_report(FlushBlocked(2**60, "p" * 100, BlockKind.UNAVAILABLE, text, text, "57P03", 9.9, 2**40))
+    pipe = Pipe()
+    fields = {character * 500 + str(number): character * 500 for number in range(99)}
+    Reporter(pipe).log(logging.ERROR, character * 10_000, fields)
+    (report,) = pipe.of(WorkerLog)
+    assert len(encode_report(report)) <= REPORT_LIMIT_BYTES
+
+
+def test_more_fenced_parts_than_a_report_can_name_leave_the_fate_to_the_claims() -> None:
+    pipe = Pipe()
+    Reporter(pipe).send(FlushReport(1, "orders", 0.1, 0.1, 0, 0, 0, 0, list(range(10_000))))
+    (report,) = pipe.of(FlushFailed)
+    assert report.kind is FailureKind.FATE_UNKNOWN
+
+
+def test_lines_below_the_level_are_not_sent() -> None:
+    pipe = Pipe()
+    Reporter(pipe, logging.WARNING).log(logging.INFO, "hello", {})
+    assert pipe.reports == []
+
+
+def test_what_user_code_logs_is_passed_on() -> None:
+    pipe = Pipe()
+    logger = logging.Logger("user.code")
+    logger.addHandler(ReportHandler(Reporter(pipe)))
+    logger.warning("rate %s is missing", "EUR")
+    assert pipe.reports == [WorkerLog(logging.WARNING, "rate EUR is missing", {"logger": "user.code"})]
