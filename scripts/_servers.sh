@@ -23,13 +23,15 @@ ensure_java() {
     export JAVA_HOME
 }
 
-# ensure_kafka: the jars of tests/fixtures/kafka-pom.xml in .cache/kafka-VERSION, where the tests look for them.
+# ensure_kafka VENV: the jars of tests/fixtures/kafka-pom.xml in .cache/kafka-VERSION, where the tests look for them.
 ensure_kafka() {
     _pom=tests/fixtures/kafka-pom.xml
     _kafka_version=$(sed -n 's:^  <version>\(.*\)</version>$:\1:p' "$_pom")
     _libs="$CACHE/kafka-$_kafka_version"
     if [ -n "${SPEEDLAYER_TEST_KAFKA_LIBS:-}" ] || [ -d "$_libs" ]; then return 0; fi
+    # Maven first: the system's package of it brings a Java.
     ensure_maven
+    ensure_java "$1"
     say "fetching Kafka $_kafka_version (45 MB)"
     mkdir -p "$CACHE"
     rm -rf "$_libs.part"
@@ -42,7 +44,7 @@ ensure_kafka() {
 }
 
 fetch_kafka() { # FOLDER
-    mvn -B -ntp -f "$_pom" dependency:copy-dependencies -DoutputDirectory="$1" </dev/null
+    mvn -B -ntp -Dstyle.color=never -f "$_pom" dependency:copy-dependencies -DoutputDirectory="$1" </dev/null
 }
 
 # ensure_maven: Maven, installed by the system's package manager where it is missing and we may.
