@@ -97,8 +97,9 @@ def lag_of(ends: Mapping[int, int], lanes: list[Mapping[str, Any]]) -> int:
 
 @dataclass
 class Recorder:
-    """All samples, events and brake events of a run."""
+    """All samples, events and brake events of a run. ``pause_seconds`` is how long the brake pauses."""
 
+    pause_seconds: float
     samples: list[Sample] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     brake_events: list[BrakeEvent] = field(default_factory=list)
@@ -167,7 +168,9 @@ class Recorder:
             )
         if sample.overload_count > (before.overload_count if before is not None else 0):
             reason = sample.overload_reason or (self.brake_events[-1].reason if self.brake_events else "overloaded")
-            self.brake_events.append(BrakeEvent(sample.elapsed, reason))
+            # The trip lies a little before the look: what is left of the pause tells how much.
+            ago = max(0.0, self.pause_seconds - sample.pause_left_seconds) if sample.overload_reason else 0.0
+            self.brake_events.append(BrakeEvent(sample.elapsed - ago, reason))
             news.append(f"BRAKE: {reason}; reading pauses, Kafka keeps the messages")
         elif self.brake_events and self.brake_events[-1].ended is None and sample.overload_reason is None:
             self.brake_events[-1].ended = sample.elapsed

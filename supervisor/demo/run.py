@@ -17,7 +17,7 @@ from typing import Any, Optional
 from speedlayer.supervisor.demo.broker import Broker
 from speedlayer.supervisor.demo.capacity import Flush, measure_capacity
 from speedlayer.supervisor.demo.competitor import Competitor, Gate
-from speedlayer.supervisor.demo.daemon import SLOW_FLUSH_THRESHOLD_SECONDS, Daemon, DaemonPlan
+from speedlayer.supervisor.demo.daemon import PAUSE_SECONDS, SLOW_FLUSH_THRESHOLD_SECONDS, Daemon, DaemonPlan
 from speedlayer.supervisor.demo.database import Audit, Database
 from speedlayer.supervisor.demo.load import Load
 from speedlayer.supervisor.demo.recorder import Recorder, take_sample
@@ -77,7 +77,7 @@ class Run:
         self._parts = parts
         self._kind = kind
         self._needs_brake = needs_brake
-        self._recorder = Recorder()
+        self._recorder = Recorder(PAUSE_SECONDS)
         self._phase_starts: list[float] = []
         self._phase = -1
         self._started = 0.0
@@ -152,7 +152,9 @@ class Run:
         while not load.finished:
             self._follow_phase()
             self._look(daemon, load)
-            self._parts.pause(SAMPLE_SECONDS)
+            # A phase begins when it is due, and not at the next look.
+            left = self._parts.scenario.phase_ends_at(self._phase) - self._elapsed()
+            self._parts.pause(min(SAMPLE_SECONDS, left) if left > 0 else SAMPLE_SECONDS)
 
     def _look(self, daemon: Daemon, load: Load) -> None:
         """Take a sample, if the daemon answers, and show it."""

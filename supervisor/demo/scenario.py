@@ -66,6 +66,10 @@ class Scenario:
                 return number
         return len(self.phases) - 1
 
+    def phase_ends_at(self, number: int) -> float:
+        """How many seconds after the start the phase of this number ends."""
+        return sum(phase.seconds for phase in self.phases[: number + 1])
+
     @property
     def largest_backlog(self) -> int:
         """How many messages may wait at most, if in the worst case nothing at all is read during a slow phase."""

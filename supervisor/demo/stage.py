@@ -61,13 +61,14 @@ def perform(show: Show) -> ExitCode:
     _check(show)
     # A name of the run's own, so that two runs on one server, or one after a crash, do not meet.
     name = f"speedlayer_demo_{secrets.token_hex(4)}"
-    with _stop_signals() as interrupted, open_view(show.title, show.scenario) as view:
+    with _stop_signals() as interrupted:
         try:
-            outcome = _play(show, name, view, interrupted)
+            with open_view(show.title, show.scenario) as view:
+                outcome = _play(show, name, view, interrupted)
         except Interrupted:
-            view.say("stopped; everything that was started or made is gone")
+            print("stopped; everything that was started or made is gone", file=sys.stderr)
             return ExitCode.INTERRUPTED
-        return _finish(show, outcome, view)
+        return _finish(show, outcome)
 
 
 def _check(show: Show) -> None:
@@ -140,14 +141,12 @@ def _keep_log(log: Path, report_folder: Path) -> None:
     shutil.copyfile(log, report_folder / "daemon.log")
 
 
-def _finish(show: Show, outcome: Outcome, view: View) -> ExitCode:
+def _finish(show: Show, outcome: Outcome) -> ExitCode:
     path = show.report_folder / "plot.png"
     verdict = "GOOD" if not outcome.report.problems else "NOT GOOD"
     plot.draw(plot.Picture(f"{show.title} – {verdict}", outcome.recorder, outcome.flushes, outcome.report.phases), path)
     report = replace(outcome.report, plot=str(path))
     (show.report_folder / "report.txt").write_text(report.as_text() + "\n", encoding="utf-8")
     (show.report_folder / "report.json").write_text(report.as_json(), encoding="utf-8")
-    view.say("")
-    view.say(report.as_text())
-    sys.stdout.flush()
+    print(f"\n{report.as_text()}", flush=True)
     return ExitCode.OK if not report.problems else ExitCode.VERIFICATION_FAILED

@@ -43,6 +43,7 @@ def test_messages_are_due_phase_by_phase() -> None:
         122,
         122,
     ]
+    assert [scenario.phase_ends_at(number) for number in range(3)] == [2, 3, 5]
     assert [scenario.phase_at(at) for at in (0, 1.9, 2, 2.9, 3, 4.9, 5, 1000)] == [0, 0, 1, 1, 2, 2, 2, 2]
 
 
