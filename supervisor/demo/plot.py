@@ -42,7 +42,8 @@ class Picture:
     @property
     def end(self) -> float:
         """Where the time ends."""
-        return max(1.0, *(sample.elapsed for sample in self.recorder.samples[-1:]))
+        latest = self.recorder.latest
+        return 1.0 if latest is None else max(1.0, latest.elapsed)
 
 
 def draw(picture: Picture, path: Path) -> None:
@@ -83,7 +84,7 @@ def _draw_rates(axis: Any, picture: Picture) -> None:
     step = max(SHORTEST_STEP_SECONDS, picture.end / MOST_STEPS)
     steps = max(1, int(picture.end / step))
     edges = [number * step for number in range(steps + 1)]
-    produced = _produced_per_step(picture, edges)
+    produced = produced_per_step(picture, edges)
     written = rows_per_step(picture.flushes, 0.0, steps, step)
     top = HEADROOM * max(*produced, 1.0)
     axis.stairs(written, edges, color=WRITTEN, fill=True, alpha=0.4, label="rows that became visible, each second")
@@ -114,7 +115,7 @@ def _draw_rates(axis: Any, picture: Picture) -> None:
     axis.set_ylabel("messages/s, rows/s")
 
 
-def _produced_per_step(picture: Picture, edges: Sequence[float]) -> list[float]:
+def produced_per_step(picture: Picture, edges: Sequence[float]) -> list[float]:
     """Messages produced per second between the edges, from the totals in the samples."""
     totals = []
     samples = iter(picture.recorder.samples)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
-# Rates are means over this time: long enough for a flush of a second's rows to look steady.
-RATE_WINDOW_SECONDS = 3.0
+# Rates are means over this time: longer than a slow flush, so that its rows look like a rate and not like a jump.
+RATE_WINDOW_SECONDS = 5.0
 
 # The hold that the three strikes put on a pipeline; see `speedlayer.supervisor.core.pipelines`.
 OVERLOAD_HOLD = "overloaded"
@@ -171,11 +171,11 @@ class Recorder:
             # The trip lies a little before the look: what is left of the pause tells how much.
             ago = max(0.0, self.pause_seconds - sample.pause_left_seconds) if sample.overload_reason else 0.0
             self.brake_events.append(BrakeEvent(sample.elapsed - ago, reason))
-            news.append(f"BRAKE: {reason}; reading pauses, Kafka keeps the messages")
+            news.append(f"BRAKE: {reason}")
         elif self.brake_events and self.brake_events[-1].ended is None and sample.overload_reason is None:
             self.brake_events[-1].ended = sample.elapsed
             seconds = sample.elapsed - self.brake_events[-1].began
-            news.append(f"resumed by itself after {seconds:.1f} s, {sample.lag:,} messages wait")
+            news.append(f"resumed by itself after {seconds:.1f} s; {sample.lag:,} messages wait in Kafka")
         if before is not None and sample.dead_letters > before.dead_letters:
             count = sample.dead_letters - before.dead_letters
             what = "broken order became a dead letter" if count == 1 else "broken orders became dead letters"

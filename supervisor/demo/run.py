@@ -184,7 +184,7 @@ class Run:
         text = f"{phase.name}: {phase.rate:,.0f} messages/s"
         if phase.capacity is not None:
             self._compete(phase.capacity)
-            text += f", and a competitor locks the table so that {phase.capacity:,.0f} rows/s get through"
+            text += f"; a competitor's lock leaves {phase.capacity:,.0f} rows/s"
         self._parts.view.tell(self._recorder.note(elapsed, text))
 
     def _tell_capacity(self) -> None:
@@ -195,7 +195,7 @@ class Run:
         name = self._parts.scenario.phases[self._phase - 1].name
         capacity = measure_capacity(self._flushes(), start, end)
         measured = "nothing was written" if capacity is None else f"{capacity:,.0f} rows/s"
-        self._parts.view.tell(self._recorder.note(end, f"measured capacity in {name}: {measured}"))
+        self._parts.view.tell(self._recorder.note(end, f"{name} is over; measured capacity: {measured}"))
 
     def _flushes(self) -> list[Flush]:
         """The flushes so far, in seconds since the first message."""

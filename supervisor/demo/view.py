@@ -9,7 +9,7 @@ import contextlib
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Optional, Protocol
+from typing import TYPE_CHECKING, Optional, Protocol
 
 from speedlayer.supervisor.demo.recorder import Event, Sample
 from speedlayer.supervisor.demo.scenario import Phase, Scenario
@@ -24,12 +24,14 @@ LINE_SECONDS = 2.0
 # How many of the latest events the panel shows.
 EVENTS_SHOWN = 7
 
-# What the small curves show: so many seconds, one column each.
-CURVE_COLUMNS = 40
+# The small curves have a column for each second. They take what the other columns leave of the panel's width.
+CURVE_COLUMNS = range(8, 61)
+LABEL_COLUMNS, VALUE_COLUMNS, REMARK_COLUMNS, BETWEEN_COLUMNS, FRAME_COLUMNS = 10, 11, 28, 2, 4
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 # The colours of the pipeline's states; the rest is an alarm.
 STATE_STYLES = {"running": "bold green", "overloaded": "bold red", "memory": "yellow", "stopping": "dim"}
+CURVE_STYLES = {"produced": "blue", "written": "green", "lag": "magenta"}
 
 
 class View(Protocol):
@@ -116,7 +118,7 @@ class LiveView:
         self._peak_memory = 0
         self._events: deque[Event] = deque(maxlen=EVENTS_SHOWN)
         self._curves: dict[str, deque[float]] = {
-            name: deque([0.0] * CURVE_COLUMNS, maxlen=CURVE_COLUMNS) for name in ("produced", "written", "lag")
+            name: deque(maxlen=CURVE_COLUMNS[-1]) for name in ("produced", "written", "lag")
         }
         self._drawn_second = -1
 
@@ -145,15 +147,10 @@ class LiveView:
         from rich.console import Group
         from rich.panel import Panel
         from rich.rule import Rule
-        from rich.text import Text
 
-        events: list[Any] = [
-            Text(f"{clock(event.elapsed)}  {event.text}", style=_event_style(event.text)) for event in self._events
-        ]
-        # As many lines as there can be, so that the panel does not jump.
-        events += [Text("")] * (EVENTS_SHOWN - len(events))
+        rule = Rule(style="dim")
         return Panel(
-            Group(self._timeline(sample), Text(""), self._figures(sample), Rule(style="dim"), *events),
+            Group(self._timeline(sample), rule, self._figures(sample), self._state(sample), rule, *self._event_lines()),
             title=f"[bold]{self._title}[/bold]",
             border_style=STATE_STYLES.get(sample.state, "bold red").split()[-1],
             padding=(0, 1),
@@ -162,60 +159,74 @@ class LiveView:
     def _timeline(self, sample: Sample) -> RenderableType:
         from rich.text import Text
 
-        line = Text()
+        line = Text(f"{clock(sample.elapsed)} of {clock(self._scenario.seconds)}  ", no_wrap=True, overflow="ellipsis")
         for number, phase in enumerate(self._scenario.phases):
-            style = "bold reverse" if number == sample.phase else "dim"
-            line.append(f" {phase.name}: {_phase_text(phase)} ", style=style)
-            line.append("  ")
-        line.append(f"{clock(sample.elapsed)} of {clock(self._scenario.seconds)}")
+            line.append(f" {phase.name} ", style="bold reverse" if number == sample.phase else "dim")
+            line.append(" ")
+        line.append(f" {_phase_text(self._scenario.phases[sample.phase])}")
         return line
 
     def _figures(self, sample: Sample) -> RenderableType:
         from rich.table import Table
-        from rich.text import Text
 
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="dim", width=10)
-        table.add_column(justify="right", min_width=12)
-        table.add_column(width=CURVE_COLUMNS)
+        curve = self._curve_columns()
+        table = Table.grid(padding=(0, BETWEEN_COLUMNS))
+        table.add_column(style="dim", width=LABEL_COLUMNS, no_wrap=True)
+        table.add_column(justify="right", width=VALUE_COLUMNS, no_wrap=True)
+        table.add_column(width=curve, no_wrap=True)
         table.add_column(style="dim", overflow="ellipsis", no_wrap=True)
-        table.add_row(
-            "produced", f"{sample.produced_per_second:,.0f}/s", self._curve("produced", "blue"), f"{sample.produced:,}"
-        )
-        table.add_row(
-            "written", f"{sample.rows_per_second:,.0f}/s", self._curve("written", "green"), f"{sample.rows:,} rows"
-        )
-        table.add_row("lag", f"{sample.lag:,}", self._curve("lag", "magenta"), "messages wait in Kafka")
-        last = "" if sample.last_flush_seconds is None else f"the last flush took {sample.last_flush_seconds:.2f} s"
-        table.add_row("slow count", f"{sample.slow_count} of {sample.max_slow_flushes}", _strikes(sample), last)
+        last = "" if sample.last_flush_seconds is None else f"last flush {sample.last_flush_seconds:.2f} s"
         memory = "" if sample.memory_bytes is None else f"{sample.memory_bytes / 2**20:,.0f} MB"
-        table.add_row("memory", memory, "", f"peak {self._peak_memory / 2**20:,.0f} MB" if memory else "")
-        state = Text(sample.state, style=STATE_STYLES.get(sample.state, "bold red"))
-        table.add_row("brake", f"{sample.overload_count} {'trip' if sample.overload_count == 1 else 'trips'}", "", "")
-        return _stacked(table, state, sample)
+        peak = f"peak {self._peak_memory / 2**20:,.0f} MB (PSS)" if memory else ""
+        trips = f"{sample.overload_count} {'trip' if sample.overload_count == 1 else 'trips'}"
+        for row in (
+            ("produced", f"{sample.produced_per_second:,.0f}/s", self._curve("produced"), f"{sample.produced:,}"),
+            ("written", f"{sample.rows_per_second:,.0f}/s", self._curve("written"), f"{sample.rows:,} rows"),
+            ("lag", f"{sample.lag:,}", self._curve("lag"), "messages wait in Kafka"),
+            ("slow count", f"{sample.slow_count} of {sample.max_slow_flushes}", _strikes(sample), last),
+            ("brake", trips, "", ""),
+            ("memory", memory, "", peak),
+        ):
+            table.add_row(*row)
+        return table
 
-    def _curve(self, name: str, style: str) -> RenderableType:
+    def _state(self, sample: Sample) -> RenderableType:
+        """The state has a line of its own: a reason may be long."""
+        from rich.table import Table
         from rich.text import Text
 
-        return Text(sparkline(list(self._curves[name])), style=style)
+        line = Table.grid(padding=(0, BETWEEN_COLUMNS))
+        line.add_column(style="dim", width=LABEL_COLUMNS)
+        line.add_column(width=VALUE_COLUMNS, justify="right", no_wrap=True)
+        line.add_column(overflow="ellipsis", no_wrap=True)
+        left = f"resumes in {sample.pause_left_seconds:.1f} s: " if sample.pause_left_seconds > 0 else ""
+        state = Text(sample.state, style=STATE_STYLES.get(sample.state, "bold red"))
+        line.add_row("state", state, f"{left}{sample.reason}")
+        return line
 
+    def _event_lines(self) -> list[RenderableType]:
+        """The latest events; always as many lines, so that the panel does not jump."""
+        from rich.text import Text
 
-def _stacked(table: RenderableType, state: RenderableType, sample: Sample) -> RenderableType:
-    """Put the state below the figures, on a line of its own: a reason may be long."""
-    from rich.console import Group
-    from rich.table import Table
+        lines: list[RenderableType] = []
+        for event in self._events:
+            text = f"{clock(event.elapsed)}  {event.text}"
+            lines.append(Text(text, style=_event_style(event.text), no_wrap=True, overflow="ellipsis"))
+        return lines + [Text("")] * (EVENTS_SHOWN - len(lines))
 
-    line = Table.grid(padding=(0, 2))
-    line.add_column(style="dim", width=10)
-    line.add_column(min_width=12, justify="right")
-    line.add_column(overflow="ellipsis", no_wrap=True)
-    left = f" (resumes in {sample.pause_left_seconds:.1f} s)" if sample.pause_left_seconds > 0 else ""
-    line.add_row("state", state, f"{sample.reason}{left}")
-    return Group(table, line)
+    def _curve_columns(self) -> int:
+        others = LABEL_COLUMNS + VALUE_COLUMNS + REMARK_COLUMNS + 3 * BETWEEN_COLUMNS + FRAME_COLUMNS
+        return min(max(self._live.console.width - others, CURVE_COLUMNS[0]), CURVE_COLUMNS[-1])
+
+    def _curve(self, name: str) -> RenderableType:
+        from rich.text import Text
+
+        columns = self._curve_columns()
+        return Text(sparkline(list(self._curves[name])[-columns:]).rjust(columns), style=CURVE_STYLES[name])
 
 
 def _phase_text(phase: Phase) -> str:
-    text = f"{phase.rate:,.0f}/s"
+    text = f"{phase.rate:,.0f} messages/s"
     return text if phase.capacity is None else f"{text}, database at {phase.capacity:,.0f} rows/s"
 
 
