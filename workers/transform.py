@@ -18,9 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-import dill
-
 from speedlayer.workers.errors import ConfigurationError, SpeedlayerError, StreamingOverloadException
+from speedlayer.workers.pickling import dumps, loads
 
 
 class TransformError(SpeedlayerError):
@@ -87,22 +86,21 @@ def pack(steps: Sequence[Step]) -> bytes:
         if not callable(step.function):
             raise ConfigurationError(f"{step.kind}: {step.function!r} can not be called")
         try:
-            packed.append((step.kind, dill.dumps(step.function, recurse=True)))
+            packed.append((step.kind, dumps(step.function)))
         except Exception as error:  # whatever a user's __reduce__ raises
             raise ConfigurationError(
                 f"{step.name} can not be sent to the workers: {_said(error)}. "
                 "Make connections, locks and open files inside the function, on its first call"
             ) from error
-    result: bytes = dill.dumps(packed)
-    return result
+    return dumps(packed)
 
 
 def unpack(packed: bytes) -> Transform:
     """Load a packed transform (worker side). Raises `ConfigurationError` saying what is missing."""
     steps = []
-    for kind, function in dill.loads(packed):
+    for kind, function in loads(packed):
         try:
-            steps.append(Step(kind, dill.loads(function)))
+            steps.append(Step(kind, loads(function)))
         except ModuleNotFoundError as error:
             raise ConfigurationError(
                 f"a {kind} needs the module {error.name!r}, which the workers can not import: install it, "

@@ -17,11 +17,12 @@ from __future__ import annotations
 import datetime
 import decimal
 import enum
+import functools
 import math
 import numbers
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Optional
 
 import msgspec
@@ -248,6 +249,12 @@ def kind_of(type_name: str) -> Kind:
     return _KIND_OF_TYPE.get(type_name, OTHER)
 
 
+@functools.cache  # so that two plans of one table are equal
 def array_of(element: Kind, delimiter: str = ",") -> Kind:
     """The kind of arrays: a JSON array becomes the array's literal, a string is taken for a literal."""
     return Kind("array", None, _array_from_token(element, delimiter), _array_from_value(element, delimiter))
+
+
+def without_key(kind: Kind) -> Kind:
+    """For a collation that calls different characters equal, so that only the server can tell equal keys."""
+    return replace(kind, key=None)

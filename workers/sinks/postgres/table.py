@@ -16,7 +16,7 @@ from speedlayer.workers.decoding.json_records import DictDecoder, decode_flight
 from speedlayer.workers.decoding.records import apply_transform
 from speedlayer.workers.errors import ConfigurationError, SinkMisconfigured
 from speedlayer.workers.protocol import Flight
-from speedlayer.workers.sinks.postgres.kinds import Kind, array_of, kind_of
+from speedlayer.workers.sinks.postgres.kinds import Kind, array_of, kind_of, without_key
 from speedlayer.workers.sinks.postgres.names import (
     TableName,
     check_identifier,
@@ -253,7 +253,7 @@ def _columns(cursor: Cursor, oid: int) -> tuple[Column, ...]:
             Column(
                 name=name,
                 type_sql=type_sql,
-                kind=kind if deterministic else _without_key(kind),
+                kind=kind if deterministic else without_key(kind),
                 not_null=not_null,
                 default=default,
                 generated=generated,
@@ -262,11 +262,6 @@ def _columns(cursor: Cursor, oid: int) -> tuple[Column, ...]:
             )
         )
     return tuple(columns)
-
-
-def _without_key(kind: Kind) -> Kind:
-    """For a collation that calls different characters equal, so that only the server can tell equal keys."""
-    return Kind(kind.name, kind.direct, kind.from_token, kind.from_value)
 
 
 # In an expression's tree: the functions it calls, and the nodes that compute without one.
