@@ -24,6 +24,7 @@ def run_daemon(settings: DaemonSettings) -> int:
     from speedlayer.supervisor.supervisor import Supervisor
 
     logs.configure(settings.log, logs.secrets_of(settings))
+    _introduce(settings)
     try:
         supervisor = Supervisor(settings)
         with _control(settings, supervisor), _http(settings, supervisor):
@@ -39,6 +40,21 @@ def run_daemon(settings: DaemonSettings) -> int:
     if supervisor.stuck:
         _exit_now(code)
     return code
+
+
+def _introduce(settings: DaemonSettings) -> None:
+    """Say what the daemon is about to do, and where a setting could not be followed to the letter."""
+    for pipeline in settings.pipelines:
+        what = f"{', '.join(pipeline.topics)} into {pipeline.sink.describe()}, as group {pipeline.group_id}"
+        logs.log(logging.INFO, f"pipeline {pipeline.name}: {what}", {"pipeline": pipeline.name})
+        allowed = settings.batch_bytes_of(pipeline)
+        if allowed < pipeline.sink.batch_bytes:
+            logs.log(
+                logging.WARNING,
+                f"pipeline {pipeline.name}: a batch closes at {allowed} bytes, not at batch_bytes = "
+                f"{pipeline.sink.batch_bytes}, to keep within budget_mb = {settings.memory.budget_mb}",
+                {"pipeline": pipeline.name},
+            )
 
 
 def run_or_exit(settings_of: Callable[[], DaemonSettings]) -> None:

@@ -29,7 +29,7 @@ def _socket(settings: DaemonSettings) -> Finding:
         return failed("control socket", str(error), "name another socket: [control] socket, or run --socket")
     return warning(
         "control socket",
-        f"a daemon (pid {answer.get('pid')}) already listens on {path}",
+        f"a daemon already listens on {path}; it is {answer.get('state')}",
         "a second daemon of this group on this machine needs a socket of its own: run --socket",
     )
 

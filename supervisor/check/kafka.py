@@ -12,6 +12,9 @@ from speedlayer.supervisor import kafka_properties
 from speedlayer.supervisor.check.findings import Finding, failed, ok, warning
 from speedlayer.supervisor.settings import DaemonSettings, suggestion
 
+# Where a broker keeps its groups; it makes the topic when the first one is asked for.
+_OFFSETS_TOPIC = "__consumer_offsets"
+
 # An embedded mock cluster has no controller that could be asked for privileges.
 _MOCK_CLUSTER = "mockCluster"
 
@@ -66,6 +69,10 @@ def _privileges(settings: DaemonSettings, client: Any, metadata: Any, timeout_se
                 continue
             if operations is not None and AclOperation.READ not in operations:
                 yield failed(f"topic {topic}", "may not be read", f"grant this client READ on the topic {topic}")
+    if _OFFSETS_TOPIC not in metadata.topics:
+        # To ask for a group would make the broker create that topic.
+        yield ok("groups", "this cluster has had no consumer group yet")
+        return
     for group, future in client.describe_consumer_groups(list(settings.group_ids), **asked).items():
         yield _group(group, future, timeout_seconds)
 
@@ -89,5 +96,4 @@ def _group(group: str, future: Any, timeout_seconds: float) -> Finding:
     operations = described.authorized_operations
     if operations is not None and AclOperation.READ not in operations:
         return failed(what, "may not be joined", f"grant this client READ on the group {group}")
-    members = len(described.members)
-    return ok(what, f"may be joined; it has {members} member(s) now")
+    return ok(what, f"may be joined; it has {len(described.members)} member(s) now")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import click
 
 from speedlayer.supervisor.cli.daemon import example, json_option
 from speedlayer.supervisor.cli.output import print_json
 from speedlayer.supervisor.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from speedlayer.supervisor.check.findings import Finding
 
 _MARKS = {"ok": "✓", "warning": "!", "failed": "✗"}
 _PLAIN_MARKS = {"ok": "ok     ", "warning": "warning", "failed": "FAILED "}
@@ -42,9 +46,19 @@ def check(file: Path, engine: Optional[str], timeout_seconds: float, as_json: bo
             click.echo(f"{marks[finding.outcome.value]} {finding.what}: {finding.detail}")
             if finding.remedy:
                 click.echo(f"    → {finding.remedy}" if marks is _MARKS else f"        {finding.remedy}")
-    failed = sum(finding.outcome.value == "failed" for finding in findings)
+    failed = _count(findings, "failed")
     if as_json:
         print_json({"ok": not failed, "findings": [finding.as_data() for finding in findings]})
     else:
-        click.echo(f"\n{failed} of {len(findings)} checks failed" if failed else f"\nall {len(findings)} checks passed")
+        click.echo(f"\n{_summary(findings)}")
     sys.exit(ExitCode.CHECK_FAILED if failed else ExitCode.OK)
+
+
+def _count(findings: Sequence[Finding], outcome: str) -> int:
+    return sum(finding.outcome.value == outcome for finding in findings)
+
+
+def _summary(findings: Sequence[Finding]) -> str:
+    counts = {"passed": "ok", "to know of": "warning", "failed": "failed"}
+    said = [f"{count} {word}" for word, outcome in counts.items() if (count := _count(findings, outcome))]
+    return ", ".join(said)

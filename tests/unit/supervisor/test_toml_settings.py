@@ -136,7 +136,7 @@ def test_a_file_without_more_than_it_must_have_takes_every_default(load: Load) -
             r'"enable\.auto\.commit": can',
         ),
         (HEAD + "[log]\nformat = 3" + PIPELINE, r"log\.format: 3 is not text \| json"),
-        ("[kafka]\na = \nb = 1", r"is not TOML: .*line 2"),
+        ("[kafka]\na = \nb = 1", r"not TOML: .*line 2"),
     ],
 )
 def test_an_error_names_the_file_the_key_and_what_was_probably_meant(load: Load, text: str, expected: str) -> None:
