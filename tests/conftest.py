@@ -6,4 +6,5 @@ pytest_plugins = [
     "fixtures.postgres",
     "fixtures.kafka",
     "fixtures.daemon",
+    "fixtures.operations",
 ]

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from fixtures.flights import OWNER, flight, lane, part
+from fixtures.operations import BeforeOperation
 from fixtures.postgres import connect, execute, locked, query, scalar
 from fixtures.sessions import Opened, counters, next_offset, order, order_ids, orders, session_of
 from fixtures.waiting import wait_until
 from speedlayer.workers import StreamingOverloadException
-from speedlayer.workers.checkpoint import Advance, Commit, Operation, WriteRows
+from speedlayer.workers.checkpoint import Advance, Commit, WriteRows
 from speedlayer.workers.errors import SinkContended
 from speedlayer.workers.protocol import Fenced, Seed
 from speedlayer.workers.sinks.base import WriteOutcome
@@ -28,22 +29,6 @@ TABLE = "CREATE TABLE orders (order_id bigint, note text, amount numeric(10, 2))
 def dsn(each_postgres_dsn: str) -> str:
     execute(each_postgres_dsn, TABLE)
     return each_postgres_dsn
-
-
-@pytest.fixture
-def before_operation(monkeypatch: pytest.MonkeyPatch) -> dict[type[Any], Any]:
-    """What to call before an operation of a flush is carried out, once: ``before_operation[Advance] = …``."""
-    actions: dict[type[Any], Any] = {}
-    execute_operation = FlushTransaction.execute
-
-    def patched(self: FlushTransaction, operation: Operation) -> Any:
-        action = actions.pop(type(operation), None)
-        if action is not None:
-            action()
-        return execute_operation(self, operation)
-
-    monkeypatch.setattr(FlushTransaction, "execute", patched)
-    return actions
 
 
 def test_rows_checkpoint_and_counters_are_written_together(dsn: str) -> None:
@@ -115,13 +100,13 @@ def test_a_claim_without_a_start_takes_no_rows(dsn: str) -> None:
 
 @pytest.mark.parametrize("step", [WriteRows, Advance, Commit])
 def test_a_claim_in_the_middle_of_a_flush_loses_and_doubles_nothing(
-    dsn: str, before_operation: dict[type[Any], Any], step: type[Any]
+    dsn: str, before_operation: BeforeOperation, step: type[Any]
 ) -> None:
     with session_of(dsn) as old, session_of(dsn, worker="worker-1") as new, ThreadPoolExecutor(1) as pool:
         flying = flight(part(orders(1, 2, 3), epoch=old.take(0)))
         claims: list[Any] = []
 
-        def claim_from_elsewhere() -> None:
+        def claim_from_elsewhere(_: FlushTransaction) -> None:
             claims.append(pool.submit(claim_patiently, new))
             # Before COMMIT the old flush holds the lock: the claim has to wait. Otherwise it goes through now.
             if step is not Commit:
@@ -147,7 +132,7 @@ def claim_patiently(opened: Opened, owner: str = "new") -> Any:
 
 
 def test_an_epoch_raised_while_the_checkpoint_is_locked_fences_the_flush_that_waits(
-    dsn: str, before_operation: dict[type[Any], Any]
+    dsn: str, before_operation: BeforeOperation
 ) -> None:
     """The UPDATE has read the old version of the row already when it comes to wait for the claim's lock."""
     with contextlib.closing(connect(dsn)) as claimant, session_of(dsn) as old, ThreadPoolExecutor(1) as pool:
@@ -257,7 +242,7 @@ def test_an_overload_raised_by_a_transform_comes_through_and_nothing_is_written(
 
 
 def test_the_transaction_has_its_limits_whatever_the_role_is_set_to(
-    dsn: str, before_operation: dict[type[Any], Any]
+    dsn: str, before_operation: BeforeOperation
 ) -> None:
     execute(
         dsn,
@@ -271,7 +256,7 @@ def test_the_transaction_has_its_limits_whatever_the_role_is_set_to(
     with session_of(dsn, lock_timeout_seconds=77) as opened:
         epoch = opened.take(0)
         connection = opened.session._flush.get()
-        before_operation[Advance] = lambda: seen.update(
+        before_operation[Advance] = lambda _: seen.update(
             {name: connection.execute(f"SHOW {name}", doing="looking")[0][0] for name in names}
         )
         assert opened.session.write(flight(part(orders(1), epoch=epoch))).rows == 1
@@ -283,12 +268,12 @@ def test_the_transaction_has_its_limits_whatever_the_role_is_set_to(
     }
 
 
-def test_a_backend_looks_whether_its_client_is_still_there(dsn: str, before_operation: dict[type[Any], Any]) -> None:
+def test_a_backend_looks_whether_its_client_is_still_there(dsn: str, before_operation: BeforeOperation) -> None:
     with session_of(dsn) as opened:
         epoch = opened.take(0)
         connection = opened.session._flush.get()
         seen: list[Any] = []
-        before_operation[Advance] = lambda: seen.extend(
+        before_operation[Advance] = lambda _: seen.extend(
             connection.execute("SELECT setting FROM pg_settings WHERE name LIKE 'client_conn%%'", doing="looking")
         )
         opened.session.write(flight(part(orders(1), epoch=epoch)))
