@@ -132,7 +132,7 @@ class Flow:
             assert lane.epoch is not None
             chunks = [piece.chunk for piece in slices]
             parts.append(Part(lane.key, lane.epoch, lane.dispatched, end, lane.leader_epoch, chunks))
-            notes.append(FlightPart(lane.partition, lane.epoch, end))
+            notes.append(FlightPart(lane.partition, lane.claim_id, end))
             lane.dispatched = end
             lane.in_flight += 1
             rows += sum(piece.count for piece in slices)
@@ -168,11 +168,11 @@ class Flow:
         return record
 
     def _advance(self, record: FlightRecord, fenced: frozenset[int]) -> list[Lane]:
-        """Move the lanes on. A report of another epoch says nothing about the lane as it is now."""
+        """Move the lanes on. A report of a flight before the last claim says nothing about the lane as it is now."""
         lost: list[Lane] = []
         for index, part in enumerate(record.parts):
             lane = self._state.ledger.get(part.partition)
-            if lane is None or lane.epoch != part.epoch:
+            if lane is None or lane.claim_id != part.claim_id:
                 continue
             lane.in_flight -= 1
             if index in fenced:
@@ -248,7 +248,7 @@ class Flow:
         """Claim the lanes of a flight again."""
         for part in record.parts:
             lane = self._state.ledger.get(part.partition)
-            if lane is not None and lane.epoch == part.epoch:
+            if lane is not None and lane.claim_id == part.claim_id:
                 self._state.pipeline_of(lane).counters.reclaims += 1
                 self._state.reclaim(lane, reason)
 

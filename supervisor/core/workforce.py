@@ -23,10 +23,14 @@ class WorkerState(enum.Enum):
 
 @dataclass(frozen=True)
 class FlightPart:
-    """One part of a flight that is under way: which lane, under which epoch, up to which offset."""
+    """One part of a flight that is under way: which lane, after which of its claims, up to which offset.
+
+    It is the claim that tells an old flight from one of ours: a database that falls back to an earlier state (a
+    fail-over, a restored backup) may give the same epoch twice.
+    """
 
     partition: Partition
-    epoch: int
+    claim_id: int
     end: int
 
 
