@@ -156,9 +156,7 @@ def main() -> None:
             results["copy"].append(copy_with_psql(bench, options.rows, csv))
             for mode in options.modes:
                 group = f"bench-{mode}-{number}"
-                results[mode].append(
-                    run_daemon(bench, options.rows, mode, options.workers, options.batch_rows, group)
-                )
+                results[mode].append(run_daemon(bench, options.rows, mode, options.workers, options.batch_rows, group))
                 print(f"  {mode}: {results[mode][-1]}", file=sys.stderr)
         report(results, options)
 
@@ -166,7 +164,9 @@ def main() -> None:
 def report(results: dict[str, list[Run]], options: argparse.Namespace) -> None:
     """Print the results as a Markdown table."""
     size = len(messages_sample())
-    print(f"\n{options.rows:,} JSON orders of {size} bytes, {options.partitions} partitions, {options.workers} workers,")
+    print(
+        f"\n{options.rows:,} JSON orders of {size} bytes, {options.partitions} partitions, {options.workers} workers,"
+    )
     print(f"{options.rounds} rounds; median (minimum–maximum)\n")
     print("| | rows/s | of psql \\copy | supervisor, CPU µs a row | workers, CPU µs a row | peak RSS, MB |")
     print("|---|---|---|---|---|---|")

@@ -105,7 +105,8 @@ def test_a_stream_of_bad_messages_stops_the_pipeline_instead_of_draining_the_top
     # The operator looks, decides to go on, and the window begins anew: it stops again after as many.
     daemon.call("resume")
     daemon.wait_until(
-        lambda s: s["pipelines"][0]["lanes"][0]["next_offset"] > before
-        and s["pipelines"][0]["state"] == "dead-letter limit",
+        lambda s: (
+            s["pipelines"][0]["lanes"][0]["next_offset"] > before and s["pipelines"][0]["state"] == "dead-letter limit"
+        ),
         "it goes on and stops again",
     )
