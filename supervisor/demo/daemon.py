@@ -40,6 +40,9 @@ STATUS_TIMEOUT_SECONDS = 2.0
 SHUTDOWN_DEADLINE_SECONDS = 20.0
 STOP_TIMEOUT_SECONDS = SHUTDOWN_DEADLINE_SECONDS + 15.0
 
+# What a daemon may take to stop when the run was broken off: nobody asks for the rest of its rows any more.
+CLOSE_TIMEOUT_SECONDS = 5.0
+
 # The file names the connection string by this variable, so the password is in no file.
 DSN_VARIABLE = "SPEEDLAYER_DEMO_DSN"
 
@@ -161,10 +164,13 @@ class Daemon:
                 f"the daemon did not stop within {STOP_TIMEOUT_SECONDS:g} s of SIGTERM:\n{self.log_tail()}"
             ) from error
 
-    def kill(self) -> None:
-        """Make sure that no process of the daemon is left."""
+    def close(self) -> None:
+        """Make sure that no process of the daemon is left; it has a moment to leave its group."""
         if self._process is None:
             return
+        self._process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(CLOSE_TIMEOUT_SECONDS)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

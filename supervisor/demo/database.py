@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
 
 CONNECT_TIMEOUT_SECONDS = 10
+# Nobody but the run's own sessions has its tables; at the end they are gone, or go soon.
+LOCK_TIMEOUT_SECONDS = 30
 APPLICATION_NAME = "speedlayer-demo"
 
 _ORDER_COLUMNS = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
@@ -167,4 +169,6 @@ def _connect(dsn: str) -> Connection:
     except psycopg2.OperationalError as error:
         raise Unreachable(f"PostgreSQL can not be reached: {str(error).strip()}") from error
     connection.autocommit = True
+    with connection.cursor() as cursor:
+        cursor.execute("SET lock_timeout = %s", (f"{LOCK_TIMEOUT_SECONDS}s",))
     return connection

@@ -84,7 +84,8 @@ def _draw_rates(axis: Any, picture: Picture) -> None:
     step = max(SHORTEST_STEP_SECONDS, picture.end / MOST_STEPS)
     steps = max(1, int(picture.end / step))
     edges = [number * step for number in range(steps + 1)]
-    produced = produced_per_step(picture, edges)
+    totals = [picture.recorder.produced_at(edge) for edge in edges]
+    produced = [(late - early) / step for early, late in itertools.pairwise(totals)]
     written = rows_per_step(picture.flushes, 0.0, steps, step)
     top = HEADROOM * max(*produced, 1.0)
     axis.stairs(written, edges, color=WRITTEN, fill=True, alpha=0.4, label="rows that became visible, each second")
@@ -113,23 +114,6 @@ def _draw_rates(axis: Any, picture: Picture) -> None:
         )
     axis.set_ylim(0, top)
     axis.set_ylabel("messages/s, rows/s")
-
-
-def produced_per_step(picture: Picture, edges: Sequence[float]) -> list[float]:
-    """Messages produced per second between the edges, from the totals in the samples."""
-    totals = []
-    samples = iter(picture.recorder.samples)
-    before, after = (0.0, 0), (0.0, 0)
-    for edge in edges:
-        while after[0] < edge:
-            sample = next(samples, None)
-            if sample is None:
-                break
-            before, after = after, (sample.elapsed, sample.produced)
-        span = after[0] - before[0]
-        share = min(1.0, (edge - before[0]) / span) if span > 0 else 1.0
-        totals.append(before[1] + share * (after[1] - before[1]))
-    return [(late - early) / (edges[1] - edges[0]) for early, late in itertools.pairwise(totals)]
 
 
 def _draw_lag(axis: Any, picture: Picture) -> None:

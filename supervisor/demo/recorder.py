@@ -6,6 +6,7 @@ drawn from them, and turns the differences between neighbours into events that a
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional
@@ -123,6 +124,18 @@ class Recorder:
     def latest(self) -> Optional[Sample]:
         """The last sample."""
         return self.samples[-1] if self.samples else None
+
+    def produced_at(self, elapsed: float) -> float:
+        """How many messages had been produced by then, read off the line between the neighbouring looks."""
+        after = bisect.bisect_left(self.samples, elapsed, key=lambda sample: sample.elapsed)
+        early = self.samples[after - 1] if after > 0 else None
+        if after == len(self.samples):
+            return float(early.produced) if early is not None else 0.0
+        late = self.samples[after]
+        began, total = (early.elapsed, early.produced) if early is not None else (0.0, 0)
+        if late.elapsed <= began:
+            return float(late.produced)
+        return total + (late.produced - total) * (elapsed - began) / (late.elapsed - began)
 
     @property
     def peak_memory_bytes(self) -> Optional[int]:

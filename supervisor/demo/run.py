@@ -112,7 +112,7 @@ class Run:
         try:
             yield daemon
         finally:
-            daemon.kill()
+            daemon.close()
 
     @contextlib.contextmanager
     def _load(self) -> Iterator[Load]:
@@ -294,7 +294,7 @@ class Run:
     def _phase_reports(self, flushes: list[Flush], ended: float) -> Iterator[PhaseReport]:
         borders = [*self._phase_starts, ended]
         for phase, start, end in zip(self._parts.scenario.phases, borders, borders[1:], strict=False):
-            produced = self._parts.scenario.due(end) - self._parts.scenario.due(start)
+            produced = self._recorder.produced_at(end) - self._recorder.produced_at(start)
             written = sum(flush.rows for flush in flushes if start <= flush.ended < end)
             yield PhaseReport(
                 phase.name,

@@ -124,16 +124,24 @@ def _play(show: Show, name: str, view: View, interrupted: threading.Event) -> Ou
         if dsn is None:
             view.say("starting an embedded PostgreSQL")
             dsn = stage.enter_context(embedded_postgres(folder)).dsn
+        _stop_if(interrupted)
         database = Database(dsn, name, group)
         view.say(f"database: {database.description}")
         stage.enter_context(database.tables())
         broker = stage.enter_context(open_broker(show.broker, show.kafka_properties, topic, group))
         view.say(f"broker: {broker.description}")
+        _stop_if(interrupted)
         plan = DaemonPlan(broker, dsn, database.table, show.scenario.batch_rows, show.workers, show.memory_budget_mb)
         parts = Parts(show.scenario, broker, database, plan, folder, view, interrupted)
         outcome = Run(parts, show.kind, show.needs_brake).play()
         _keep_log(folder / "daemon.log", show.report_folder)
     return outcome
+
+
+def _stop_if(interrupted: threading.Event) -> None:
+    """Look between two steps whether the user wants to stop."""
+    if interrupted.is_set():
+        raise Interrupted
 
 
 def _keep_log(log: Path, report_folder: Path) -> None:

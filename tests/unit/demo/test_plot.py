@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from speedlayer.supervisor.demo.capacity import Flush
-from speedlayer.supervisor.demo.plot import Picture, draw, produced_per_step, rough
+from speedlayer.supervisor.demo.plot import Picture, draw, rough
 from speedlayer.supervisor.demo.recorder import Recorder, take_sample
 from speedlayer.supervisor.demo.report import PhaseReport
 
@@ -45,14 +43,6 @@ def test_a_run_becomes_a_png(tmp_path: Path) -> None:
 def test_a_run_without_a_sample_or_a_flush_becomes_a_png_too(tmp_path: Path) -> None:
     draw(Picture("nothing", Recorder(pause_seconds=5.0), [], []), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(PNG_SIGNATURE)
-
-
-def test_what_was_produced_in_a_second_is_read_off_the_totals() -> None:
-    recorder = recorder_of([(0.5, 50), (1.5, 150), (2.5, 250), (3.0, 400)])
-    picture = Picture("a run", recorder, [], [])
-    assert produced_per_step(picture, [0.0, 1.0, 2.0, 3.0]) == pytest.approx([100, 100, 200])
-    # After the last look nothing is known to have been produced.
-    assert produced_per_step(picture, [0.0, 3.0, 6.0]) == pytest.approx([400 / 3, 0])
 
 
 def test_a_high_rate_is_written_with_the_digits_it_deserves() -> None:

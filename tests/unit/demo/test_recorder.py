@@ -91,3 +91,13 @@ def test_the_lag_counts_what_was_produced_and_not_written() -> None:
     assert lag_of({0: 10, 1: 5, 2: 4}, lanes) == 3 + 5 + 4
     assert lag_of({0: 6}, lanes) == 0
     assert lag_of({}, []) == 0
+
+
+def test_what_was_produced_by_a_moment_is_read_off_between_the_looks() -> None:
+    recorder = Recorder(pause_seconds=5.0)
+    assert recorder.produced_at(3.0) == 0
+    for elapsed, produced in ((0.5, 50), (1.5, 150), (3.0, 450)):
+        look(recorder, elapsed, produced=produced)
+    assert [recorder.produced_at(at) for at in (0, 0.25, 0.5, 1, 2, 3, 100)] == pytest.approx(
+        [0, 25, 50, 100, 250, 450, 450]
+    )
