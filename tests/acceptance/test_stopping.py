@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+
 from fixtures.compare import assert_table_equals, values_of
 from fixtures.daemon import EXIT_OK, Daemon, pipeline_toml
 from fixtures.kafka import Broker, PacedProducer

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
 from fixtures.compare import assert_table_equals, values_of
 from fixtures.daemon import Daemon, pipeline_toml
 from fixtures.kafka import Broker
