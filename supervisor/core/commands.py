@@ -61,6 +61,8 @@ class Commands:
         try:
             if verb is None:
                 raise Refused(f"there is no command {command.name!r}; there are {', '.join(sorted(self._verbs))}")
+            if self._state.stopping and verb != self._status:
+                raise Refused("the daemon stops")
             answer = verb(command)
         except Refused as refusal:
             answer = {"ok": False, "error": str(refusal)}

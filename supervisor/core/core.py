@@ -49,6 +49,7 @@ class Core:
         self._commands = Commands(self._state, self._flow)
         self._worker_boot_exit_code = worker_boot_exit_code
         self._committed_at = 0.0
+        self._broken_groups: dict[str, str] = {}
 
     # --- the outside --------------------------------------------------------------------------------------------
 
@@ -57,6 +58,7 @@ class Core:
         for event in events:
             self._state.now = max(self._state.now, event.at)
             self._handle(event)
+        self._rebuild_consumers()
         self._settle()
         actions, self._state.actions = self._state.actions, []
         return actions
@@ -241,8 +243,17 @@ class Core:
         if known is None or known[1] != event.code or state.now - known[0] > SILENCE_SECONDS:
             state.log(WARNING, f"Kafka: {event.message}; reading goes on when it is over", code=event.code)
         if event.fatal:
-            self._claims.revoked(tuple(lane.partition for lane in state.ledger.of_group(event.group)), lost=True)
-            state.act(RebuildConsumer(event.group, event.message))
+            self._broken_groups[event.group] = event.message
+
+    def _rebuild_consumers(self) -> None:
+        """Replace consumers that will never work again, after the last event that still comes from them: partitions
+        that one of them was just assigned are none of its successor's.
+        """
+        for group, reason in self._broken_groups.items():
+            lanes = self._state.ledger.of_group(group)
+            self._claims.revoked(tuple(lane.partition for lane in lanes), lost=True)
+            self._state.act(RebuildConsumer(group, reason))
+        self._broken_groups.clear()
 
     # --- stopping -----------------------------------------------------------------------------------------------
 

@@ -96,6 +96,11 @@ class State:
         """Whether the daemon takes on new work."""
         return self.lifecycle is Lifecycle.RUNNING
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the daemon is on its way out."""
+        return self.lifecycle not in (Lifecycle.STARTING, Lifecycle.RUNNING)
+
     def pipeline_of(self, lane: Lane) -> Pipeline:
         """The pipeline that reads a lane."""
         return self.pipelines[lane.key.pipeline]
