@@ -132,7 +132,10 @@ class EvictOldOwner:
 
 @dataclass(frozen=True)
 class SetStart:
-    """Set the locked checkpoint's next offset and topic id, by compare-and-set. Returns whether it was set."""
+    """Set the locked checkpoint's next offset and topic id, by compare-and-set. Returns whether it was set.
+
+    The leader epoch is forgotten: that of the old offset says nothing of the new one.
+    """
 
     lane: LaneKey
     epoch: int
@@ -295,7 +298,7 @@ def seed(order: Seed) -> Generator[Operation, Any, Optional[Checkpoint]]:
         yield Rollback()
         raise
     topic_id = order.topic_id if order.topic_id is not None else before.topic_id
-    return Checkpoint(before.epoch, before.owner, order.start, topic_id, before.leader_epoch, before.backend)
+    return Checkpoint(before.epoch, before.owner, order.start, topic_id, -1, before.backend)
 
 
 def run(protocol: Generator[Operation, Any, T], execute: Callable[[Operation], Any]) -> T:

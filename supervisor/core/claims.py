@@ -92,8 +92,7 @@ class Claims:
         if report.next_offset is not None:
             lane.begin_at(report.next_offset)
         if lane.state is LaneState.SEEDING:
-            # A seed may cross into another topic of the same name, whose leader epochs begin again.
-            lane.topic_id, lane.seek, lane.leader_epoch = report.topic_id, None, -1
+            lane.topic_id, lane.seek = report.topic_id, None
             lane.move(LaneState.HELD, self._state.now, "about to be read")
             return
         lane.topic_id = report.topic_id

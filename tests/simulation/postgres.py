@@ -310,7 +310,7 @@ class Server:
                 return
             topic_id = operation.topic_id if operation.topic_id is not None else row.topic_id
             transaction.checkpoints[operation.lane] = Checkpoint(
-                row.epoch, row.owner, operation.start, topic_id, row.leader_epoch, row.backend
+                row.epoch, row.owner, operation.start, topic_id, -1, row.backend
             )
             transaction.starts.append(operation)
             reply(True, None)

@@ -60,9 +60,11 @@ SET epoch = c.epoch + 1, owner = EXCLUDED.owner, backend_pid = EXCLUDED.backend_
 RETURNING {_STATE}
 """
 
+# The leader epoch of the old offset says nothing of the new one, which may be in another topic of the same name.
 _SET_START = f"""
 UPDATE speedlayer.checkpoints
-SET next_offset = %(start)s, topic_id = coalesce(%(topic_id)s, topic_id), updated_at = clock_timestamp()
+SET next_offset = %(start)s, topic_id = coalesce(%(topic_id)s, topic_id), leader_epoch = -1,
+    updated_at = clock_timestamp()
 WHERE {_KEY_MATCHES} AND epoch = %(epoch)s AND owner = %(owner)s
   AND next_offset IS NOT DISTINCT FROM %(expected)s::bigint
 RETURNING 1
