@@ -133,7 +133,11 @@ def _postgres() -> tuple[Entry, ...]:
             "lock_timeout_seconds",
             "lock_timeout_seconds",
             Setting(
-                "number", "How many seconds a flush waits for a lock before it is rolled back and retried.", 0, 86_400
+                "number",
+                "How many seconds a flush waits for a lock before it is rolled back and retried. A flush that waits "
+                "is slow, which the brake counts; one that gave up is neither slow nor normal.",
+                0.001,
+                86_400,
             ),
         ),
     )

@@ -34,7 +34,8 @@ class PostgreSQLSink(Sink):
     ``create_table`` makes a missing table: with ``columns`` (name to SQL type), else inferred from the first records.
 
     ``pooled`` says that the dsn leads to a transaction pooler (PgBouncer): nothing then outlives a transaction.
-    ``lock_timeout_seconds`` is how long a flush waits for a lock before it is tried again.
+    ``lock_timeout_seconds`` is how long a flush waits for a lock before it is tried again. It is long by default: a flush
+    that waits is one slow flush for the brake, and one that gave up would be none.
     """
 
     dsn: str = field(kw_only=False)
@@ -47,7 +48,7 @@ class PostgreSQLSink(Sink):
     create_table: bool = False
     columns: Optional[Mapping[str, str]] = None
     pooled: bool = False
-    lock_timeout_seconds: float = 30.0
+    lock_timeout_seconds: float = 600.0
     connect_timeout_seconds: float = 10.0
 
     def __post_init__(self) -> None:
@@ -112,7 +113,7 @@ _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "slow_flush_threshold": (0.001, 3600, False),
     "max_slow_flushes": (1, 1_000_000, True),
     "pause_seconds": (0, 86400, False),
-    "lock_timeout_seconds": (0.001, 86400, False),
+    "lock_timeout_seconds": (0.001, 86_400, False),
     "connect_timeout_seconds": (1, 3600, False),
 }
 _OPTIONAL = frozenset({"slow_flush_threshold", "max_slow_flushes", "pause_seconds"})
