@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,8 +170,10 @@ class Daemon:
         if self._process is None:
             return
         self._process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(CLOSE_TIMEOUT_SECONDS)
+        deadline = time.monotonic() + CLOSE_TIMEOUT_SECONDS
+        # The supervisor is not the last to go: a process that outlives it gives its semaphores back.
+        while (self._process.poll() is None or session_members(self.pid)) and time.monotonic() < deadline:
+            time.sleep(0.02)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
