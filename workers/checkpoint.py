@@ -225,9 +225,7 @@ def flush(parts: Sequence[Part], owner: str) -> Generator[Operation, Any, FlushR
     return FlushResult((), (), tuple(sorted(fenced)))
 
 
-def _moves(
-    parts: Sequence[Part], indexes: Sequence[int], counts: Sequence[Counts], owner: str
-) -> tuple[Move, ...]:
+def _moves(parts: Sequence[Part], indexes: Sequence[int], counts: Sequence[Counts], owner: str) -> tuple[Move, ...]:
     """The steps in key order: locks that everybody takes in one order can not deadlock."""
     moves = (
         Move(part.lane, part.epoch, owner, part.start, part.end, part.leader_epoch, count)
@@ -285,9 +283,7 @@ def seed(order: Seed) -> Generator[Operation, Any, Optional[Checkpoint]]:
         if before.next_offset != order.expected:
             yield Rollback()
             return before if before.next_offset == order.start else None
-        moved: bool = yield SetStart(
-            order.lane, order.epoch, order.owner, order.expected, order.start, order.topic_id
-        )
+        moved: bool = yield SetStart(order.lane, order.epoch, order.owner, order.expected, order.start, order.topic_id)
         if not moved:
             yield Rollback()
             return None

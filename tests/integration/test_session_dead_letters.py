@@ -69,7 +69,7 @@ def dsn(postgres_dsn: str) -> str:
 
 
 def letters(dsn: str, columns: str = '"offset", sqlstate') -> list[tuple[Any, ...]]:
-    return query(dsn, f"SELECT {columns} FROM speedlayer.dead_letters ORDER BY partition, \"offset\"")
+    return query(dsn, f'SELECT {columns} FROM speedlayer.dead_letters ORDER BY partition, "offset"')
 
 
 @MODES
@@ -106,9 +106,7 @@ def test_a_bad_value_is_a_dead_letter_and_its_neighbours_are_rows(
     ],
     ids=repr,
 )
-def test_what_is_no_record_is_a_dead_letter(
-    dsn: str, settings: dict[str, Any], bad: bytes | None, reason: str
-) -> None:
+def test_what_is_no_record_is_a_dead_letter(dsn: str, settings: dict[str, Any], bad: bytes | None, reason: str) -> None:
     with session_of(dsn, **settings) as opened:
         opened.session.write(flight(part([order(1), bad, order(3)], epoch=opened.take(0))))
     assert order_ids(dsn) == [1, 3, 1000]
@@ -164,7 +162,7 @@ def test_a_dead_letter_keeps_the_message_byte_for_byte(dsn: str) -> None:
         messages = part([value], epoch=opened.take(7, start=41), partition=7, start=41, keys=[key], headers=headers)
         opened.session.write(flight(messages))
     columns = (
-        "cluster_id, consumer_group, pipeline, topic, partition, lane, \"offset\", key, value, headers, worker,"
+        'cluster_id, consumer_group, pipeline, topic, partition, lane, "offset", key, value, headers, worker,'
         " extract(epoch FROM message_timestamp)::bigint, at > now() - interval '1 minute'"
     )
     ((*identity, found_key, found_value, found_headers, worker, timestamp, recent),) = letters(dsn, columns)
@@ -296,9 +294,7 @@ def test_a_policy_that_refuses_every_row_is_the_sinks(guarded: tuple[str, str]) 
 
 
 @pytest.mark.parametrize("transform", [None, lambda record: record], ids=["plain", "transformed"])
-def test_a_column_that_was_added_just_now_costs_no_row(
-    dsn: str, transform: Callable[[Any], Any] | None
-) -> None:
+def test_a_column_that_was_added_just_now_costs_no_row(dsn: str, transform: Callable[[Any], Any] | None) -> None:
     with session_of(dsn, transform=transform) as opened:
         epoch = opened.take(0)
         opened.session.write(flight(part(orders(1), epoch=epoch)))

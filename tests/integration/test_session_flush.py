@@ -345,5 +345,3 @@ def test_many_workers_claim_new_lanes_at_the_same_time(dsn: str) -> None:
         with ThreadPoolExecutor(4) as pool:
             epochs = list(pool.map(claim_all, opened))
     assert [sorted(epochs_of_lane) for epochs_of_lane in zip(*epochs, strict=True)] == [[1, 2, 3, 4]] * 20
-
-

@@ -121,9 +121,7 @@ def test_a_claim_never_ends_a_strangers_backend(dsn: str) -> None:
         assert opened.claim(lane(0)).epoch == 2
 
 
-def test_a_claim_never_ends_a_backend_that_only_has_the_old_ones_pid(
-    dsn: str, freeze: Callable[..., Frozen]
-) -> None:
+def test_a_claim_never_ends_a_backend_that_only_has_the_old_ones_pid(dsn: str, freeze: Callable[..., Frozen]) -> None:
     freeze(Advance, orders(1))
     with contextlib.closing(connect(dsn)) as holder, session_of(dsn) as new:
         # As if the server had given the old owner's pid to another backend of ours since.
@@ -142,9 +140,7 @@ def test_a_claim_never_ends_a_backend_that_only_has_the_old_ones_pid(
         cursor.execute("COMMIT")
 
 
-def test_a_flush_that_waits_for_a_stopped_old_owners_rows_is_set_free(
-    dsn: str, freeze: Callable[..., Frozen]
-) -> None:
+def test_a_flush_that_waits_for_a_stopped_old_owners_rows_is_set_free(dsn: str, freeze: Callable[..., Frozen]) -> None:
     frozen = freeze(Advance, orders(1, 2))  # its rows are written, and their keys are taken
     with session_of(dsn) as new, ThreadPoolExecutor(1) as pool:
         claimed, blocked = claim_patiently(new)
@@ -205,8 +201,7 @@ def test_a_working_old_owner_is_not_taken_for_a_ghost(dsn: str) -> None:
                 old.session.write, flight(part([order(1, note="audited")], epoch=old_epoch), owner="old")
             )
             waiting = (
-                "SELECT count(*) FROM pg_stat_activity"
-                " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
             )
             wait_until(lambda: scalar(dsn, waiting) == 1, "the old flush is busy")
             claimed = new.claim(lane(0), "new")
@@ -241,9 +236,7 @@ def test_a_claim_names_the_backend_that_will_flush(dsn: str) -> None:
         assert live == [(backend.pid, backend.started_at)]
 
 
-def test_a_new_flush_connection_is_named_before_its_first_rows(
-    dsn: str, before_operation: BeforeOperation
-) -> None:
+def test_a_new_flush_connection_is_named_before_its_first_rows(dsn: str, before_operation: BeforeOperation) -> None:
     with session_of(dsn) as opened:
         epoch = opened.take(0, 1)
         first = named_backend(dsn)

@@ -324,5 +324,5 @@ def test_from_messages_to_rows(start: Start, postgres_dsn: str) -> None:
     worker.handle.put(Finish())
     assert worker.wait_for_exit() == 0
     assert query(postgres_dsn, "SELECT order_id, total FROM orders ORDER BY 1") == [(1, 10), (3, 14)]
-    ours = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'speedlayer/%'"
+    ours = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'speedl%/%'"
     wait_until(lambda: query(postgres_dsn, ours) == [], "the worker's connections are gone")

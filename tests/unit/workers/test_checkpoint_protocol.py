@@ -110,9 +110,7 @@ def test_a_fenced_part_is_left_out_and_the_rest_is_flushed_again() -> None:
 
 
 def test_nothing_is_committed_when_every_part_is_fenced() -> None:
-    script = Script(
-        (Begin, None), (WriteRows, (Counts(10, 0, 0),) * 2), (Advance, frozenset()), (Rollback, None)
-    )
+    script = Script((Begin, None), (WriteRows, (Counts(10, 0, 0),) * 2), (Advance, frozenset()), (Rollback, None))
     result = checkpoint.run(checkpoint.flush([part(0), part(1)], "me"), script)
     assert result == FlushResult((), (), (0, 1))
     assert "Commit" not in script.kinds()
@@ -138,9 +136,7 @@ def test_an_error_before_commit_rolls_back_and_comes_through(step: int, error: E
 
 
 def committing_with(error: Exception, *more: tuple[type[Any], Any]) -> Script:
-    return Script(
-        (Begin, None), (WriteRows, (Counts(1, 0, 0),)), (Advance, {lane(1)}), (Commit, error), *more
-    )
+    return Script((Begin, None), (WriteRows, (Counts(1, 0, 0),)), (Advance, {lane(1)}), (Commit, error), *more)
 
 
 def test_a_lost_answer_to_commit_leaves_the_fate_unknown() -> None:

@@ -142,9 +142,7 @@ def test_an_unknown_fate_ends_the_flight() -> None:
     with desk_of(failing(FateUnknown("no answer to COMMIT", sqlstate="08006"))) as desk:
         desk.fly(1)
         desk.wait_for(FlushFailed)
-    assert desk.pipe.reports == [
-        FlushFailed(1, "orders", FailureKind.FATE_UNKNOWN, "no answer to COMMIT", "08006")
-    ]
+    assert desk.pipe.reports == [FlushFailed(1, "orders", FailureKind.FATE_UNKNOWN, "no answer to COMMIT", "08006")]
 
 
 def test_a_fault_in_the_code_gives_the_flight_up_and_tells_where_it_happened() -> None:

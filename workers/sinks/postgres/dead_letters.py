@@ -50,9 +50,7 @@ def write_dead_letters(
         cursor.copy_expert(_COPY, io.StringIO(text))
 
 
-def _lines(
-    flight: Flight, records: Records, worker: str, encoding: str, details: Mapping[int, str]
-) -> Iterator[str]:
+def _lines(flight: Flight, records: Records, worker: str, encoding: str, details: Mapping[int, str]) -> Iterator[str]:
     for dead in sorted(records.dead, key=lambda dead: dead.ordinal):
         message = records.index.message(dead.ordinal)
         lane = flight.parts[message.part].lane
@@ -72,9 +70,7 @@ def _in_chunks(lines: Iterable[str]) -> Iterator[str]:
         yield "".join(chunk)
 
 
-def _line(
-    lane: LaneKey, message: Message, dead: DeadRecord, detail: Optional[str], worker: str, encoding: str
-) -> str:
+def _line(lane: LaneKey, message: Message, dead: DeadRecord, detail: Optional[str], worker: str, encoding: str) -> str:
     fields: list[Optional[str]] = [
         lane.cluster,
         lane.group,

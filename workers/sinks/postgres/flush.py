@@ -28,13 +28,15 @@ from speedlayer.workers.sinks.postgres.write import UnwritableRows
 if TYPE_CHECKING:
     from psycopg2.extensions import cursor as Cursor
 
+
 @dataclass
 class FlushTransaction:
     """Carries out the operations of one flush. ``began_at`` is when the transaction that counts began.
 
     ``look_again`` is called before any row is blamed, and raises if the table was altered; ``be_patient`` is called
-    with an error that explains nothing, and raises until it has come often enough. ``row_policy`` says that the table has
-    taken rows from us before and lets a policy decide about each: only then can a lone row be refused for its own sake.
+    with an error that explains nothing, and raises until it has come often enough. ``row_policy`` says that the table
+    has taken rows from us before and lets a policy decide about each: only then can a lone row be refused for its own
+    sake.
     """
 
     connection: Connection

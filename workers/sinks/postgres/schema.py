@@ -103,8 +103,7 @@ COMMENT ON TABLE speedlayer.gaps IS
     'Where a checkpoint jumped from one offset to another without the messages between them, and why.';
 """
 
-# The n-th entry brings version n - 1 to version n. An entry that was released is never edited: what corrects it is a new
-# one.
+# The n-th entry brings version n - 1 to version n. An entry that was released is never edited; a new one corrects it.
 MIGRATIONS: tuple[str, ...] = (_CHECKPOINTS + _DEAD_LETTERS + _GAPS,)
 SCHEMA_VERSION = len(MIGRATIONS)
 
@@ -145,7 +144,9 @@ def ensure_schema(connection: Connection) -> None:
 def _version(cursor: Cursor) -> Optional[int]:
     """The version of the schema that is there; None without one."""
     # Not to_regclass: it may answer from a cache that does not know yet what another migrator has just committed.
-    cursor.execute("SELECT 1 FROM pg_catalog.pg_tables WHERE schemaname = 'speedlayer' AND tablename = 'schema_version'")
+    cursor.execute(
+        "SELECT 1 FROM pg_catalog.pg_tables WHERE schemaname = 'speedlayer' AND tablename = 'schema_version'"
+    )
     if cursor.fetchone() is None:
         return None
     cursor.execute("SELECT max(version) FROM speedlayer.schema_version")

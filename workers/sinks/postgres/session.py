@@ -261,9 +261,7 @@ class PostgreSQLSession(SinkSession):
         with self._lock:
             self._named[claim.lane] = backend
         found = result.checkpoint
-        return Claimed(
-            claim.claim_id, claim.lane, found.epoch, found.next_offset, found.topic_id, found.leader_epoch
-        )
+        return Claimed(claim.claim_id, claim.lane, found.epoch, found.next_offset, found.topic_id, found.leader_epoch)
 
     def seed(self, seed: Seed) -> Claimed | Fenced:
         """Set where a lane starts; see `SinkSession.seed`."""
