@@ -17,6 +17,7 @@ from speedlayer.supervisor.core.config import (
     FENCED_BACKOFF_LIMIT_SECONDS,
     FENCED_BACKOFF_SECONDS,
     INSPECT_RETRY_SECONDS,
+    QUIET_SECONDS,
 )
 from speedlayer.supervisor.core.events import Assigned, Inspected, Partition
 from speedlayer.supervisor.core.ledger import Lane, LaneState
@@ -91,6 +92,7 @@ class Claims:
         lane.has_checkpoint = report.next_offset is not None
         if report.next_offset is not None:
             lane.begin_at(report.next_offset)
+            lane.check_at = self._state.now + QUIET_SECONDS
         if lane.state is LaneState.SEEDING:
             lane.topic_id, lane.seek = report.topic_id, None
             lane.move(LaneState.HELD, self._state.now, "about to be read")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Optional
 
 from speedlayer.supervisor.core.actions import ERROR, INFO, WARNING, Dispatch
-from speedlayer.supervisor.core.config import FULL_PATIENCE_SECONDS, LOW_MARK
+from speedlayer.supervisor.core.config import FULL_PATIENCE_SECONDS, LOW_MARK, QUIET_SECONDS
 from speedlayer.supervisor.core.events import Polled, PositionMoved, Slice
 from speedlayer.supervisor.core.ledger import Lane, LaneState, OpenBatch
 from speedlayer.supervisor.core.pipelines import Hold, Pipeline
@@ -132,7 +132,7 @@ class Flow:
             assert lane.epoch is not None
             chunks = [piece.chunk for piece in slices]
             parts.append(Part(lane.key, lane.epoch, lane.dispatched, end, lane.leader_epoch, chunks))
-            notes.append(FlightPart(lane.partition, lane.claim_id, end))
+            notes.append(FlightPart(lane.partition, lane.claim_id, lane.dispatched, end))
             lane.dispatched = end
             lane.in_flight += 1
             rows += sum(piece.count for piece in slices)
@@ -179,6 +179,7 @@ class Flow:
                 lost.append(lane)
             else:
                 lane.flushed, lane.fenced_in_a_row, lane.uncommitted = part.end, 0, True
+                lane.check_at = self._state.now + QUIET_SECONDS if part.end > part.start else None
         return lost
 
     def _count(self, pipeline: Pipeline, report: FlushReport) -> None:
@@ -306,6 +307,13 @@ class Flow:
                 state.fetch(lane)
             elif lane.state is LaneState.FETCHING and not pipeline.may_fetch:
                 state.hold(lane, pipeline.state()[1])
+            self._check_if_quiet(lane)
+
+    def _check_if_quiet(self, lane: Lane) -> None:
+        """Open an empty batch for a lane that has been quiet since its last flush: the flight sees its checkpoint."""
+        due = lane.check_at is not None and self._state.now >= lane.check_at
+        if due and lane.in_flight == 0 and lane.batch.opened_at is None and self._state.running:
+            lane.check_at, lane.batch.opened_at = None, self._state.now
 
     @staticmethod
     def _lane_may_fetch(lane: Lane) -> bool:

@@ -131,6 +131,7 @@ class Lane:
     batch: OpenBatch = field(default_factory=OpenBatch)
     in_flight: int = 0
     uncommitted: bool = False
+    check_at: Optional[float] = None  # when the checkpoint is looked at again, if all stays quiet till then
 
     def move(self, state: LaneState, now: float, reason: str = "") -> None:
         """Change the state; raises `IllegalTransition` for one that the table does not know."""
@@ -150,7 +151,7 @@ class Lane:
         self.epoch, self.worker = None, None
         self.in_flight = 0
         self.claim_id = self.inspect_request = 0
-        self.inspect_not_before = None
+        self.inspect_not_before = self.check_at = None
         self.expected = self.dispatched = self.flushed
         return freed
 

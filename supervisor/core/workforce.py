@@ -23,7 +23,7 @@ class WorkerState(enum.Enum):
 
 @dataclass(frozen=True)
 class FlightPart:
-    """One part of a flight that is under way: which lane, after which of its claims, up to which offset.
+    """One part of a flight that is under way: which lane, after which of its claims, from where to where.
 
     It is the claim that tells an old flight from one of ours: a database that falls back to an earlier state (a
     fail-over, a restored backup) may give the same epoch twice.
@@ -31,6 +31,7 @@ class FlightPart:
 
     partition: Partition
     claim_id: int
+    start: int
     end: int
 
 
