@@ -1,6 +1,6 @@
 -- Run once by the postgres image, in the database of the example, when its data folder is empty.
 
-CREATE ROLE speedlayer LOGIN PASSWORD 'speedlayer';
+CREATE ROLE speedlayer LOGIN PASSWORD 'change-me';
 
 -- speedlayer keeps its checkpoints and dead letters here, and makes the tables itself, as the schema's owner.
 -- (`speedlayer init --print-sql` prints what to run instead where its role may own nothing.)

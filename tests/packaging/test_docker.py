@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.parse
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -207,6 +208,16 @@ def shop(postgres: PostgresServer) -> Iterator[str]:
     postgres.execute("DROP ROLE speedlayer")
 
 
+def example_password() -> str:
+    """The password in the DSN of compose.yml, which init.sql must have given to the role."""
+    dsn = yaml.safe_load((DOCKER / "compose.yml").read_text())["services"]["speedlayer"]["environment"][
+        "SPEEDLAYER_DSN"
+    ]
+    password = urllib.parse.urlsplit(dsn).password
+    assert password
+    return password
+
+
 @pytest.fixture
 def container(image: Path, kafka: Broker, postgres: PostgresServer, shop: str) -> Iterator[Container]:
     if "orders" not in kafka.admin.list_topics(timeout=10).topics:
@@ -219,7 +230,7 @@ def container(image: Path, kafka: Broker, postgres: PostgresServer, shop: str) -
         environment = {
             "PATH": f"{image / 'bin'}{os.pathsep}{os.defpath}",
             "SPEEDLAYER_BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
-            "SPEEDLAYER_DSN": postgres.dsn(shop.rsplit("/", 1)[1], user="speedlayer", password="speedlayer"),
+            "SPEEDLAYER_DSN": postgres.dsn(shop.rsplit("/", 1)[1], user="speedlayer", password=example_password()),
             "TMPDIR": str(folder),
             "XDG_RUNTIME_DIR": str(folder),
         }
