@@ -33,7 +33,7 @@ class Guarding(Protocol):
         """See whether a flush is held up by somebody who should not."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pending:
     """An order that is not answered yet."""
 

@@ -141,6 +141,14 @@ def _error_of(retry_state: RetryCallState) -> BaseException:
     return error
 
 
+def _let_go_of_frames(error: BaseException) -> None:
+    """Drop the tracebacks of an error that is kept through a wait: their frames hold the decoded batch."""
+    seen: Optional[BaseException] = error
+    while seen is not None:
+        seen.__traceback__ = None
+        seen = seen.__cause__ or seen.__context__
+
+
 def with_patience(
     attempt: Callable[[], T],
     *,
@@ -156,7 +164,11 @@ def with_patience(
     """
 
     def before_sleep(retry_state: RetryCallState) -> None:
-        on_blocked(block_of(_error_of(retry_state)), retry_state.upcoming_sleep, retry_state.attempt_number)
+        error = _error_of(retry_state)
+        block = block_of(error)
+        if not block.internal:
+            _let_go_of_frames(error)
+        on_blocked(block, retry_state.upcoming_sleep, retry_state.attempt_number)
 
     retrying = Retrying(
         sleep=sleep,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 
 from speedlayer.workers.errors import (
@@ -148,3 +150,32 @@ def test_a_fault_is_described_with_its_place() -> None:
     except KeyError as error:
         block = block_of(error)
     assert "KeyError: 'customer' at test_retry.py:" in block.reason
+
+
+def test_a_batch_that_waits_is_not_held_twice() -> None:
+    """The error of a failed attempt is kept until the next one, and what its frames hold with it."""
+
+    class Decoded:
+        pass
+
+    alive: weakref.WeakSet[Decoded] = weakref.WeakSet()
+    while_waiting: list[int] = []
+
+    def attempt() -> str:
+        if while_waiting:
+            return "written"
+        decoded = Decoded()
+        alive.add(decoded)
+        try:
+            raise OSError("cut")
+        except OSError as error:
+            raise SinkUnavailable("away") from error
+
+    result = with_patience(
+        attempt,
+        on_blocked=lambda *_: None,
+        sleep=lambda _: while_waiting.append(len(alive)),
+        finishing=lambda: False,
+    )
+    assert result == "written"
+    assert while_waiting == [0]

@@ -252,7 +252,7 @@ class Slot:
     def drop(self) -> None:
         """Close it; the next `get` opens a new one."""
         with self._lock:
-            if self._connection is not None:
+            if self._connection is not None:  # perhaps one that the other thread has just opened: no harm
                 self._connection.close()
                 self._connection = None
 
