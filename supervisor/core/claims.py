@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Optional
 
 from speedlayer.supervisor.core.actions import INFO, WARNING, Inspect, SendClaim, SendSeed
+from speedlayer.supervisor.core.balance import Balance
 from speedlayer.supervisor.core.config import (
     FENCED_ALARM_COUNT,
     FENCED_ALARM_WINDOW_SECONDS,
@@ -30,8 +31,9 @@ from speedlayer.workers.protocol import Claim, Claimed, Fenced, LaneKey, Seed
 class Claims:
     """Takes lanes from `PENDING` to `HELD`, from where they are fetched."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, balance: Balance) -> None:
         self._state = state
+        self._balance = balance
         self._routes = {
             (pipeline.config.group, topic): pipeline
             for pipeline in state.pipelines.values()
@@ -65,10 +67,11 @@ class Claims:
     def send_due(self) -> None:
         """Send the claims of pending lanes, and ask again what the broker did not answer."""
         state = self._state
-        workers = state.workforce.ready()
         for lane in state.ledger:
-            if lane.state is LaneState.PENDING and workers and self._may_claim(lane):
-                self._send(lane, min(workers, key=lambda worker: len(state.ledger.of_worker(worker.name))))
+            if lane.state is LaneState.PENDING and self._may_claim(lane):
+                worker = self._balance.worker_for(lane)
+                if worker is not None:
+                    self._send(lane, worker)
             elif lane.inspect_not_before is not None and state.now >= lane.inspect_not_before:
                 self._inspect(lane)
 

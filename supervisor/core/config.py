@@ -80,5 +80,8 @@ BOOT_ATTEMPTS = 5
 # A question to the broker (start offsets, topic id) that brought no answer is asked again after this.
 INSPECT_RETRY_SECONDS = 1.0
 
+# Between two looks at how the lanes are spread over the workers.
+BALANCE_INTERVAL_SECONDS = 1.0
+
 # With no message for this long the daemon says why.
 SILENCE_SECONDS = 10.0

@@ -23,6 +23,7 @@ from speedlayer.supervisor.core.actions import (
     StartWorker,
     Stop,
 )
+from speedlayer.supervisor.core.balance import Balance
 from speedlayer.supervisor.core.claims import Claims
 from speedlayer.supervisor.core.commands import Commands
 from speedlayer.supervisor.core.config import BOOT_ATTEMPTS, COMMIT_INTERVAL_SECONDS, SILENCE_SECONDS, CoreConfig
@@ -45,7 +46,8 @@ class Core:
     def __init__(self, config: CoreConfig, seed: int = 0, worker_boot_exit_code: int = 1) -> None:
         self._state = State.new(config, seed)
         self._flow = Flow(self._state)
-        self._claims = Claims(self._state)
+        self._balance = Balance(self._state)
+        self._claims = Claims(self._state, self._balance)
         self._commands = Commands(self._state, self._flow)
         self._worker_boot_exit_code = worker_boot_exit_code
         self._committed_at = 0.0
@@ -314,6 +316,7 @@ class Core:
         state = self._state
         if state.running:
             self._start_workers()
+            self._balance.even_out()
             self._claims.send_due()
             self._explain_silence()
         self._flow.regulate()

@@ -317,7 +317,7 @@ class Flow:
 
     @staticmethod
     def _lane_may_fetch(lane: Lane) -> bool:
-        return lane.seek is None
+        return lane.seek is None and not lane.moving
 
     def _end_overload(self, pipeline: Pipeline) -> None:
         if Hold.OVERLOAD not in pipeline.holds:

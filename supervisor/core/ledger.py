@@ -121,6 +121,7 @@ class Lane:
     low_watermark: Optional[int] = None
     high_watermark: Optional[int] = None
     seek: Optional[SeekTarget] = None
+    moving: bool = False  # held until all is written, then claimed by another worker
     # The three offsets, and the generation in which `expected` is read.
     flushed: int = 0
     has_checkpoint: bool = False
@@ -148,7 +149,7 @@ class Lane:
         """Drop what is held and all that was certain; returns the bytes freed. A claim must follow."""
         freed = self.batch.size_bytes
         self.batch = OpenBatch()
-        self.epoch, self.worker = None, None
+        self.epoch, self.worker, self.moving = None, None, False
         self.in_flight = 0
         self.claim_id = self.inspect_request = 0
         self.inspect_not_before = self.check_at = None

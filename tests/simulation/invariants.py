@@ -174,7 +174,7 @@ def check_step(supervisor: SimulatedSupervisor) -> None:
         batches[lane.key.pipeline] += held.size_bytes
         if lane.state is LaneState.HELD and state.running:
             pipeline = state.pipelines[lane.key.pipeline]
-            if pipeline.may_fetch and lane.seek is None:
+            if pipeline.may_fetch and lane.seek is None and not lane.moving:
                 raise Violation(f"{lane.partition} is held, and its pipeline is not")
     _check_reading(supervisor, fetching)
     for worker in state.workforce:
