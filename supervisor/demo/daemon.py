@@ -18,6 +18,7 @@ from typing import Any, Optional
 
 from speedlayer.supervisor.control import ControlClient
 from speedlayer.supervisor.demo.broker import Broker
+from speedlayer.supervisor.demo.child import bound_to_us
 from speedlayer.supervisor.errors import ControlError, SpeedlayerError
 from speedlayer.supervisor.settings import shown
 
@@ -130,7 +131,7 @@ class Daemon:
             # A session of its own: a Ctrl-C in the terminal reaches the demo alone, which stops it in its turn; and
             # all processes of the session are the daemon's.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "speedlayer.supervisor", "run", str(self._file)],
+                bound_to_us([sys.executable, "-m", "speedlayer.supervisor", "run", str(self._file)], signal.SIGTERM),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

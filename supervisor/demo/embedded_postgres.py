@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from speedlayer.supervisor.demo.child import bound_to_us
 from speedlayer.supervisor.demo.private_folder import Account, unprivileged_account
 from speedlayer.supervisor.errors import MissingLibrary, SpeedlayerError
 
@@ -129,15 +130,13 @@ def _init_database(binaries: Path, folder: Path, password: str, account: Optiona
     command = [str(binaries / "initdb"), "-D", str(data), "-U", SUPERUSER, f"--pwfile={password_file}"]
     command += ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions"]
     try:
-        # A session of its own: a Ctrl-C in the terminal reaches the demo alone, which ends things in their order.
         subprocess.run(
-            command,
+            bound_to_us(command, signal.SIGTERM, account),
             check=True,
             capture_output=True,
             text=True,
             timeout=INITDB_TIMEOUT_SECONDS,
-            start_new_session=True,
-            **_surroundings(folder, account),
+            **_surroundings(folder),
         )
     except subprocess.CalledProcessError as error:
         raise EmbeddedPostgresError(f"initdb failed: {error.stderr.strip() or error.stdout.strip()}") from error
@@ -148,13 +147,13 @@ def _init_database(binaries: Path, folder: Path, password: str, account: Optiona
     return data
 
 
-def _surroundings(folder: Path, account: Optional[Account]) -> dict[str, Any]:
-    """Say where and as whom the server's programs run. They get none of the demo's environment."""
-    return {
-        "cwd": folder,
-        "env": {"LC_ALL": "C", "PATH": "/usr/bin:/bin"},
-        **(account.popen_arguments if account is not None else {}),
-    }
+def _surroundings(folder: Path) -> dict[str, Any]:
+    """Say where and how the server's programs run: in a session of their own, with none of the demo's environment.
+
+    So a Ctrl-C in the terminal reaches the demo alone, which ends things in their order.
+    """
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    return {"cwd": folder, "env": {"LC_ALL": "C", "PATH": "/usr/bin:/bin", **kept}, "start_new_session": True}
 
 
 @contextlib.contextmanager
@@ -168,12 +167,11 @@ def _server(
         command += ["-c", f"{name}={value}"]
     with _log_of(data).open("ab") as output:
         process = subprocess.Popen(
-            command,
+            bound_to_us(command, signal.SIGINT, account),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
-            **_surroundings(data.parent, account),
+            **_surroundings(data.parent),
         )
     try:
         server = EmbeddedPostgres("127.0.0.1", port, password, process.pid, data)

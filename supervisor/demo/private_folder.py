@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from speedlayer.supervisor.errors import ConfigurationError
 
@@ -30,11 +30,6 @@ class Account:
     name: str
     uid: int
     gid: int
-
-    @property
-    def popen_arguments(self) -> dict[str, Any]:
-        """What `subprocess.Popen` needs to run a program as this account, and in none of root's groups."""
-        return {"user": self.uid, "group": self.gid, "extra_groups": []}
 
 
 def unprivileged_account() -> Optional[Account]:
