@@ -67,14 +67,25 @@ class Bench:
 
 
 @contextlib.contextmanager
+def broker() -> Iterator[Broker]:
+    """A broker alone, ended when the block ends."""
+    with private_folder("kafka") as folder:
+        print("starting Kafka", file=sys.stderr)
+        started = Broker(folder)
+        try:
+            started.start()
+            yield started
+        finally:
+            started.close()
+
+
+@contextlib.contextmanager
 def servers(**postgres_settings: object) -> Iterator[Bench]:
     """A broker and a PostgreSQL with the settings of an ordinary server, ended when the block ends."""
     with ExitStack() as cleanup:
         folder = cleanup.enter_context(private_folder("bench"))
-        print("starting Kafka and PostgreSQL", file=sys.stderr)
-        broker = Broker(cleanup.enter_context(private_folder("kafka")))
-        cleanup.callback(broker.close)
-        broker.start()
+        kafka = cleanup.enter_context(broker())
+        print("starting PostgreSQL", file=sys.stderr)
         account = unprivileged_account()
         settings = {"fsync": "on", "synchronous_commit": "on", "max_wal_size": "4GB", "shared_buffers": "512MB"}
         postgres = PostgresServer(
@@ -84,7 +95,7 @@ def servers(**postgres_settings: object) -> Iterator[Bench]:
         )
         cleanup.callback(postgres.close)
         postgres.start()
-        yield Bench(broker, postgres, postgres.dsn(postgres.create_database("bench")), folder)
+        yield Bench(kafka, postgres, postgres.dsn(postgres.create_database("bench")), folder)
 
 
 def order(number: int) -> tuple[int, str, str, str, int, str, str]:
@@ -95,7 +106,7 @@ def order(number: int) -> tuple[int, str, str, str, int, str, str]:
         STATUSES[number % len(STATUSES)],
         f"{number * 31 % 100_000 / 100:.2f}",
         number % 9 + 1,
-        f"note {number % 1000}",
+        f"order number {number % 1000} of the day",
         f"2026-01-{number % 28 + 1:02d}T{number % 24:02d}:{number % 60:02d}:00+00:00",
     )
 
