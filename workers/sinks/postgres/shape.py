@@ -18,6 +18,7 @@ import decimal
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Optional, Union
 
 import msgspec
@@ -225,6 +226,7 @@ def _quoted(name: str) -> str:
 
 _decode_tokens = msgspec.json.Decoder(dict[str, Raw]).decode
 _encode_tokens = msgspec.json.Encoder().encode
+_CONTAINERS = frozenset({dict, list})
 
 
 class JsonShaper(Shaper):
@@ -252,6 +254,12 @@ class JsonShaper(Shaper):
         self.row_type = row_type
         self._many: Any = msgspec.json.Decoder(list[Union[row_type, str]], float_hook=str)  # type: ignore[valid-type]
         self._one: Any = msgspec.json.Decoder(row_type, float_hook=str)
+        # Fields that take any value, as no msgspec type takes numbers of all sizes with their digits.
+        self._open = [
+            attrgetter(slot.attribute)
+            for slot in self.shape.slots
+            if slot.mode is Mode.DIRECT and slot.kind.direct == "number" and not slot.key
+        ]
 
     @staticmethod
     def _text_of(kind: Kind) -> Callable[[Any], Text]:
@@ -268,6 +276,8 @@ class JsonShaper(Shaper):
         if not self._forbid_unknown and not array.isascii():
             array.decode()  # msgspec skips the values of unknown fields without a look at their UTF-8
         items: list[Any] = self._many.decode(array)
+        if array.find(b"[", 1) >= 0 or array.count(b"{") > (len(items) + 1) // 2:
+            self._refuse_containers(items)
         return items
 
     def decode_one(self, message: bytes) -> Any:
@@ -275,10 +285,19 @@ class JsonShaper(Shaper):
         if not self._forbid_unknown and not message.isascii():
             message.decode()
         try:
-            return self._one.decode(message)
+            row = self._one.decode(message)
         except msgspec.ValidationError:
             # Of several fields with one name the last counts, also where an earlier one does not fit.
-            return self._one.decode(_encode_tokens(_decode_tokens(message)))
+            row = self._one.decode(_encode_tokens(_decode_tokens(message)))
+        self._refuse_containers([row])
+        return row
+
+    def _refuse_containers(self, items: Sequence[Any]) -> None:
+        """An object or array where a number is expected must not be written as Python writes it."""
+        row_type = self.row_type
+        for value_of in self._open:
+            if not {value_of(item).__class__ for item in items if item.__class__ is row_type}.isdisjoint(_CONTAINERS):
+                raise ValueError("an object or array in a scalar column")
 
     def explain(self, message: bytes, error: Exception) -> Optional[Guilty]:
         """Find the message guilty, or widen the shape so that it fits."""

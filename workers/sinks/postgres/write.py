@@ -20,7 +20,6 @@ from speedlayer.workers.decoding.json_records import DictDecoder, RecordDecoder
 from speedlayer.workers.decoding.records import DeadRecord, Records, shorten_reason
 from speedlayer.workers.errors import SpeedlayerError
 from speedlayer.workers.sinks.postgres.encode import CLEAN, Fault, Lines, encode, find_faults, fold, survey
-from speedlayer.workers.sinks.postgres.kinds import FLOAT, INTEGER
 from speedlayer.workers.sinks.postgres.names import quote_identifier
 from speedlayer.workers.sinks.postgres.shape import DictShaper, JsonShaper, Shape, Shaper, Slot
 from speedlayer.workers.sinks.postgres.table import Column, Table
@@ -32,10 +31,6 @@ if TYPE_CHECKING:
 
 # psycopg2 reads this much at once for each piece that it sends; its default of 8 KiB makes hundreds of calls a batch.
 COPY_READ_BYTES = 1 << 18
-
-# In the stage, beside the table's columns: which row is the last of its key, and which columns it fills.
-NUMBER_COLUMN = "speedlayer number"
-GROUP_COLUMN = "speedlayer group"
 
 
 class UnwritableRows(SpeedlayerError):
@@ -97,8 +92,8 @@ class TableWriter:
         """The decoder for `decode_flight`: rows made for this table, or dicts when a transform is to see them."""
         if not transformed and not self._json_shaper.renames:
             return self._json_shaper
-        exact = any(column.kind not in (INTEGER, FLOAT) for column in self.table.columns)
-        return DictDecoder(exact=exact, skip_null_values=self._skip_null_values)
+        # Exact also for a table of floats alone: 1e400 must reach the server, which refuses it, not become infinity.
+        return DictDecoder(skip_null_values=self._skip_null_values)
 
     def prepare(self, records: Records) -> Records:
         """Encode all rows (kept for the `write` of exactly this ``rows`` list); those that can not be are buried.
@@ -252,7 +247,9 @@ class _Statements:
             + (f" COLLATE {column.collation_sql}" if column.collation_sql else "")
             for column in self._columns
         )
-        definitions += f", {quote_identifier(NUMBER_COLUMN)} int, {quote_identifier(GROUP_COLUMN)} int"
+        # Beside the table's columns: which row is the last of its key, and which columns it fills.
+        self._number, self._group = self._free_name("row_number"), self._free_name("row_group")
+        definitions += f", {self._number} int, {self._group} int"
         # A stage that was made for another plan of the table has another name, and is not met again.
         digest = hashlib.sha256(f"{table.sql} {definitions}".encode()).hexdigest()[:16]
         self._stage_name = f"speedlayer_stage_{digest}"
@@ -260,6 +257,12 @@ class _Statements:
         # An earlier write of this transaction may have left rows; the first finds none.
         self._make_stage = f"CREATE TEMPORARY TABLE IF NOT EXISTS {self._stage_name} ({definitions}) {ending}"
         self._empty_stage = f"DELETE FROM pg_temp.{self._stage_name}"
+
+    def _free_name(self, name: str) -> str:
+        """A name that no column of the table has."""
+        while self._table.column(name):
+            name += "_"
+        return name
 
     def copy(self, slots: Sequence[Slot]) -> str:
         """COPY straight into the table."""
@@ -269,7 +272,7 @@ class _Statements:
         """Make the stage if need be, empty it, and COPY into it: one round trip."""
         names = _names(slots)
         if numbered:
-            names += f", {quote_identifier(NUMBER_COLUMN)}, {quote_identifier(GROUP_COLUMN)}"
+            names += f", {self._number}, {self._group}"
         copy = f"COPY pg_temp.{self._stage_name} ({names}) FROM STDIN {_FORMAT}"
         return f"{self._make_stage}; {self._empty_stage}; {copy}" if emptied else copy
 
@@ -281,9 +284,8 @@ class _Statements:
     def merge_folded(self, slots: Sequence[Slot], group: int, *, several: bool) -> str:
         """The same, for a stage in which keys recur: the last row of each key counts."""
         keys = ", ".join(map(quote_identifier, self._key))
-        number, groups = quote_identifier(NUMBER_COLUMN), quote_identifier(GROUP_COLUMN)
-        folded = f"SELECT DISTINCT ON ({keys}) * FROM pg_temp.{self._stage_name} ORDER BY {keys}, {number} DESC"
-        chosen = f" WHERE {groups} = {group}" if several else ""
+        folded = f"SELECT DISTINCT ON ({keys}) * FROM pg_temp.{self._stage_name} ORDER BY {keys}, {self._number} DESC"
+        chosen = f" WHERE {self._group} = {group}" if several else ""
         return (
             f"{self._insert(slots)} SELECT {_names(slots)} FROM ({folded}) AS folded{chosen}{self._on_conflict(slots)}"
         )
