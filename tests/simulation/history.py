@@ -11,7 +11,7 @@ from simulation.invariants import Auditor, Violation
 from simulation.kafka import CLUSTER, Broker, Consumer, Group, Log
 from simulation.plan import Fault, Plan, Wave
 from simulation.postgres import Link, Server
-from simulation.supervisor import Coverage, RecordingCore, SimulatedSupervisor
+from simulation.supervisor import SHUTDOWN_SLACK_SECONDS, Coverage, RecordingCore, SimulatedSupervisor
 from simulation.worker import Protocols, SimulatedWorker
 from simulation.world import World
 from speedlayer.supervisor.core import events as e
@@ -23,10 +23,6 @@ from speedlayer.workers.protocol import LaneKey
 # After the last fault everything must be written within this time. The longest waits in it: 30 s of back-off for a lane
 # that was fenced many times, 10 s for a worker that died often or a database that was away.
 LIVENESS_SECONDS = 90.0
-
-# A stop is over within its deadline, and what comes after it.
-SHUTDOWN_DEADLINE_SECONDS = 8.0
-SHUTDOWN_SLACK_SECONDS = 3.0
 
 EXPIRE_INTERVAL_SECONDS = 0.25
 RESTART_SECONDS = (0.1, 1.5)
@@ -134,7 +130,7 @@ class History:
             buffer_bytes=plan.buffer_bytes,
             owner=owner,
             separator=b",",
-            shutdown_deadline_seconds=SHUTDOWN_DEADLINE_SECONDS,
+            shutdown_deadline_seconds=plan.shutdown_deadline_seconds,
         )
 
     # --- processes --------------------------------------------------------------------------------------------------
@@ -154,6 +150,7 @@ class History:
             lambda supervisor: self._ended(slot, supervisor),
             self.core_type,
             self.protocols,
+            self.plan.late_polls,
         )
 
     def _ended(self, slot: str, supervisor: SimulatedSupervisor) -> None:
@@ -286,10 +283,10 @@ class History:
             for worker in supervisor.workers.values():
                 worker.delay, worker.overload = 0.0, False
                 worker.thaw()
-            supervisor.scout_delay = 0.0
+            supervisor.scout_delay, supervisor.boot_trouble = 0.0, False
             supervisor.thaw()
             for consumer in supervisor.consumers.values():
-                consumer.reachable = True
+                consumer.reachable = consumer.coordinated = True
 
     def _until_written(self) -> None:
         world = self.world
@@ -321,7 +318,7 @@ class History:
         stopping = self._alive()
         for supervisor in stopping:
             supervisor.stop()
-        world.run_until(world.now + SHUTDOWN_DEADLINE_SECONDS + SHUTDOWN_SLACK_SECONDS)
+        world.run_until(world.now + self.plan.shutdown_deadline_seconds + 2 * SHUTDOWN_SLACK_SECONDS)
         for supervisor in stopping:
             if supervisor.exit_code != 0:
                 raise Violation(f"{supervisor.name} was told to stop and has exit code {supervisor.exit_code}")

@@ -7,7 +7,7 @@ reduced to what the core can notice.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Optional
 
 from simulation.world import Process, World
@@ -227,13 +227,14 @@ class Consumer:
     """What `GroupConsumer` and librdkafka are together: a member of the group that reads what it is told to read."""
 
     def __init__(
-        self, process: Process, broker: Broker, group: Group, name: str, deliver: Callable[[e.AnyEvent], None]
+        self, process: Process, broker: Broker, group: Group, name: str, late: bool
     ) -> None:
         self.process, self.broker, self.group = process, broker, group
         self.world = process.world
-        self.deliver = deliver
         self.random = self.world.stream(f"consumer {name}")
+        self.late = late  # what is read may come a turn later, as from a thread of its own
         self.reachable = True
+        self.coordinated = True  # whether the coordinator, too, is in reach: the leaders serve whoever asks
         self.closed = False
         self.assigned: set[e.Partition] = set()
         self.fetching: dict[e.Partition, int] = {}
@@ -243,6 +244,7 @@ class Consumer:
         self._callbacks: deque[tuple[str, tuple[e.Partition, ...]]] = deque()
         self._interrupted: Optional[str] = None
         self._positions_at = 0.0
+        self._held_back: list[e.AnyEvent] = []
         self._troubled = False
         self._member: Optional[Member] = None
         self._heartbeat()
@@ -258,7 +260,7 @@ class Consumer:
         if self.closed or not self.process.alive:
             return
         self.process.later(HEARTBEAT_SECONDS * self.random.uniform(0.5, 1.0), self._heartbeat)
-        if not self.connected:
+        if not (self.connected and self.coordinated):
             return
         member = self._member
         if member is None or member not in self.group.members:
@@ -273,7 +275,7 @@ class Consumer:
         """The coordinator's word has arrived; the callback runs inside the next poll."""
         if self.closed or member is not self._member:
             return
-        if not self.connected:
+        if not (self.connected and self.coordinated):
             self.world.after(0.3, self.told, member, what, partitions)
             return
         self._callbacks.append((what, partitions))
@@ -291,6 +293,9 @@ class Consumer:
         """One `GroupConsumer.poll`: callbacks, messages, moved positions."""
         generations = dict(self.fetching)
         events = self._run_callbacks()
+        if self._held_back:
+            held, self._held_back = self._held_back, []
+            return [*events, *held]
         messages = self._consume(allowance_bytes) if self.connected else {}
         if not self.connected and not self._troubled:
             self._troubled = True
@@ -301,10 +306,13 @@ class Consumer:
             # consume() raised: librdkafka has moved past these messages, and nobody has them.
             reason, self._interrupted = self._interrupted, None
             return [*events, e.PositionsUnknown(self.world.now, self.group.name, reason)]
-        events.extend(self._refusals(generations))
-        events.append(e.Polled(self.world.now, self.group.name, tuple(self._slices(messages, generations))))
-        events.extend(self._moved_positions(generations))
-        return events
+        read = self._refusals(generations)
+        read.append(e.Polled(self.world.now, self.group.name, tuple(self._slices(messages, generations))))
+        read.extend(self._moved_positions(generations))
+        if self.late and self.random.random() < 0.5:
+            self._held_back = read
+            return events
+        return [*events, *read]
 
     def _run_callbacks(self) -> list[e.AnyEvent]:
         events: list[e.AnyEvent] = []
@@ -445,5 +453,5 @@ class Consumer:
         self.world.after(self.random.uniform(0.0, 0.2), self._committed, self._member, dict(offsets))
 
     def _committed(self, member: Optional[Member], offsets: Mapping[e.Partition, int]) -> None:
-        if self.connected and member in self.group.members:
+        if self.connected and self.coordinated and member in self.group.members:
             self.group.committed.update({partition: (offset, True) for partition, offset in offsets.items()})

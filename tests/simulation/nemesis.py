@@ -95,6 +95,22 @@ def freeze_worker(history: History, seconds: float, dice: random.Random) -> Opti
     return victim.name
 
 
+def boot_trouble(history: History, seconds: float, dice: random.Random) -> Optional[str]:
+    victim = _some_supervisor(history, dice)
+    if victim is None:
+        return None
+    victim.boot_trouble = True
+    for worker in list(victim.workers.values()):
+        if dice.random() < 0.5:
+            worker.exit(-9)
+
+    def undo() -> None:
+        victim.boot_trouble = False
+
+    _later(history, seconds, undo)
+    return f"in {victim.name} for {seconds:.1f} s"
+
+
 def slow_reports(history: History, seconds: float, dice: random.Random) -> Optional[str]:
     victim = _some_worker(history, dice)
     if victim is None:
@@ -240,6 +256,23 @@ def cut_from_kafka(history: History, seconds: float, dice: random.Random) -> Opt
     return f"{victim.name} for {seconds * 1.5:.1f} s"
 
 
+def cut_from_coordinator(history: History, seconds: float, dice: random.Random) -> Optional[str]:
+    """Its session ends, and it goes on reading: two owners, each in good faith."""
+    victim = _some_supervisor(history, dice)
+    if victim is None:
+        return None
+    consumers = list(victim.consumers.values())
+    for consumer in consumers:
+        consumer.coordinated = False
+
+    def undo() -> None:
+        for consumer in consumers:
+            consumer.coordinated = True
+
+    _later(history, seconds * 2, undo)
+    return f"{victim.name} for {seconds * 2:.1f} s"
+
+
 def rebalance(history: History, seconds: float, dice: random.Random) -> Optional[str]:
     for group in history.broker.groups.values():
         group.rebalance(shuffle=True)
@@ -343,6 +376,20 @@ def drain_and_resume(history: History, seconds: float, dice: random.Random) -> O
     return _hold(history, seconds, dice, "drain")
 
 
+def command_and_stop(history: History, seconds: float, dice: random.Random) -> Optional[str]:
+    victim = _some_supervisor(history, dice)
+    if victim is None:
+        return None
+    partition = _some_log(history, dice).partition
+    pipeline = history.lanes[partition].pipeline
+    if dice.random() < 0.5:
+        history.command(victim, "drain", pipeline=pipeline)
+    else:
+        history.command(victim, "seek", pipeline=pipeline, topic=partition.topic, partition=None, to="latest")
+    _later(history, dice.uniform(0.0, 0.3), victim.stop)
+    return victim.name
+
+
 def _hold(history: History, seconds: float, dice: random.Random, verb: str) -> Optional[str]:
     victim = _some_supervisor(history, dice)
     if victim is None:
@@ -383,6 +430,7 @@ FAULTS: dict[str, Doing] = {
     "stop supervisor": stop_supervisor,
     "kill worker": kill_worker,
     "freeze worker": freeze_worker,
+    "boot trouble": boot_trouble,
     "slow reports": slow_reports,
     "overloaded sink": overloaded_sink,
     "cut connection": cut_connection,
@@ -397,6 +445,7 @@ FAULTS: dict[str, Doing] = {
     "missing table": missing_table,
     "restart kafka": restart_kafka,
     "cut from kafka": cut_from_kafka,
+    "cut from the coordinator": cut_from_coordinator,
     "rebalance": rebalance,
     "consume raises": consume_raises,
     "fatal consumer": fatal_consumer,
@@ -408,6 +457,7 @@ FAULTS: dict[str, Doing] = {
     "new partition": new_partition,
     "pause and resume": pause_and_resume,
     "drain and resume": drain_and_resume,
+    "command and stop": command_and_stop,
     "seek": seek,
     "status": status,
 }

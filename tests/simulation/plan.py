@@ -62,6 +62,8 @@ class Plan:
     on_out_of_range: str
     foreign_commits: bool
     dead_letter_minimum: int
+    shutdown_deadline_seconds: float
+    late_polls: bool
     seconds: float
     waves: tuple[Wave, ...] = field(repr=False)
     faults: tuple[Fault, ...] = field(repr=False)
@@ -83,6 +85,7 @@ KINDS: dict[str, int] = {
     "stop supervisor": 4,
     "kill worker": 8,
     "freeze worker": 5,
+    "boot trouble": 2,
     "slow reports": 3,
     "overloaded sink": 2,
     "cut connection": 8,
@@ -97,6 +100,7 @@ KINDS: dict[str, int] = {
     "missing table": 2,
     "restart kafka": 3,
     "cut from kafka": 4,
+    "cut from the coordinator": 3,
     "rebalance": 6,
     "consume raises": 5,
     "fatal consumer": 1,
@@ -108,6 +112,7 @@ KINDS: dict[str, int] = {
     "new partition": 2,
     "pause and resume": 3,
     "drain and resume": 3,
+    "command and stop": 2,
     "seek": 3,
     "status": 1,
 }
@@ -145,6 +150,8 @@ def draw(seed: int) -> Plan:
         on_out_of_range=dice.choice(("stop", "skip")),
         foreign_commits=dice.random() < 0.2,
         dead_letter_minimum=dice.choice((10, 1000)),
+        shutdown_deadline_seconds=dice.choice((1.0, 3.0, 8.0)),
+        late_polls=dice.random() < 0.3,
         seconds=seconds,
         waves=_waves(dice, topics, partitions, seconds, largest),
         faults=_faults(dice, seconds),

@@ -22,6 +22,9 @@ TURN_SECONDS = (0.02, 0.12)
 CALLBACK_INTERVAL_SECONDS = 0.2
 SURVEY_INTERVAL_SECONDS = 2.0
 
+# What a stop may take on top of its deadline: workers that are killed, a turn or two.
+SHUTDOWN_SLACK_SECONDS = 1.0
+
 # While a full buffer is waited out, calls for the callbacks alone bring a message each.
 STRAY_MESSAGES = 8
 
@@ -82,8 +85,10 @@ class SimulatedSupervisor(Process):
         on_exit: Callable[[SimulatedSupervisor], None],
         core_type: type[Core],
         protocols: Protocols,
+        late_polls: bool,
     ) -> None:
         super().__init__(world, name)
+        self.late_polls = late_polls
         self.broker, self.server = broker, server
         self.random = world.stream(f"supervisor {name}")
         self.config = config
@@ -94,6 +99,7 @@ class SimulatedSupervisor(Process):
         self.consumers: dict[str, Consumer] = {}
         self.exit_code: Optional[int] = None
         self.scout_delay = 0.0
+        self.boot_trouble = False  # workers die while they boot
         self.replies: dict[int, Any] = {}
         self.asked: dict[int, str] = {}
         self.turns = 0
@@ -102,6 +108,8 @@ class SimulatedSupervisor(Process):
         self._inbox: list[e.AnyEvent] = []
         self._turn_due = False
         self._callbacks_at = 0.0
+        self._turned_at = world.now
+        self._stop_by: Optional[float] = None
         self._rebuilt = 0
         self._dispatched: dict[tuple[p.LaneKey, int], int] = {}  # by lane and claim: where the last flight ended
         for group in sorted({pipeline.group for pipeline in config.pipelines}):
@@ -113,7 +121,7 @@ class SimulatedSupervisor(Process):
     def _new_consumer(self, group: str) -> Consumer:
         self._rebuilt += 1
         name = f"{self.name} {group} {self._rebuilt}"
-        return Consumer(self, self.broker, self.broker.groups[group], name, self.deliver)
+        return Consumer(self, self.broker, self.broker.groups[group], name, self.late_polls)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -138,6 +146,7 @@ class SimulatedSupervisor(Process):
         self.turns += 1
         events, self._inbox = self._inbox, []
         now = self.world.now
+        self._watch_the_stop(events, now)
         idle = now - self._callbacks_at >= CALLBACK_INTERVAL_SECONDS
         for group, consumer in self.consumers.items():
             allowance = self.core.allowance(group)
@@ -150,6 +159,17 @@ class SimulatedSupervisor(Process):
         for action in actions:
             self._do[type(action)](self, action)
         check_step(self)
+
+    def _watch_the_stop(self, events: list[e.AnyEvent], now: float) -> None:
+        """A stop is over in time, however the world is; time in which the process was stopped does not count."""
+        gap, self._turned_at = now - self._turned_at, now
+        if self._stop_by is None:
+            if any(isinstance(event, e.StopRequested) for event in events):
+                self._stop_by = now + self.config.shutdown_deadline_seconds + SHUTDOWN_SLACK_SECONDS
+        elif gap > 2 * TURN_SECONDS[1]:
+            self._stop_by += gap
+        elif now > self._stop_by:
+            raise Violation(f"{self.name} was told to stop, and its deadline is over by {SHUTDOWN_SLACK_SECONDS:g} s")
 
     def _survey(self) -> None:
         self.later(SURVEY_INTERVAL_SECONDS, self._survey)
@@ -216,6 +236,8 @@ class SimulatedSupervisor(Process):
         )
         worker.on_exit = lambda code: self.wake(self._worker_exited, worker, code)
         self.workers[action.worker] = worker
+        if self.boot_trouble:
+            worker.later(self.random.uniform(0.0, 0.05), worker.exit, -9)
 
     def _reported(self, worker: SimulatedWorker, report: p.Report) -> None:
         self.wake(self._received, worker, report)
@@ -282,7 +304,14 @@ class SimulatedSupervisor(Process):
         if action.token in self.replies:
             raise Violation(f"the command {self.asked[action.token]!r} is answered twice")
         self.replies[action.token] = action.answer
+        if action.answer.get("ok") and self.asked.get(action.token) == "drain":
+            self._check_drained(action.answer["pipelines"])
         self.world.say(self.name, f"answers {self.asked.get(action.token)!r}: {_short(action.answer)}")
+
+    def _check_drained(self, pipelines: list[str]) -> None:
+        for lane in self.core.lanes():
+            if lane.key.pipeline in pipelines and lane.epoch is not None and lane.flushed != lane.expected:
+                raise Violation(f"{lane.partition} is said to be drained, at {lane.flushed} of {lane.expected}")
 
     def _log(self, action: a.Log) -> None:
         if self.world.listening:
