@@ -41,6 +41,13 @@ Examples:
     "the whole test).",
 )
 @click.option("--batch-rows", type=click.IntRange(min=1), default=1000, show_default=True, help="Rows in a batch.")
+@click.option(
+    "--batch-seconds",
+    type=click.FloatRange(min=0.001),
+    default=0.2,
+    show_default=True,
+    help="A batch that is not full closes at this age.",
+)
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Worker processes.")
 @click.option("--memory", type=click.IntRange(min=16), default=64, show_default=True, help="Memory budget in MB.")
 @click.option("--broker", metavar="HOST:PORT", help="A Kafka to use; without it an embedded one.")
@@ -61,6 +68,7 @@ def main(
     duration: float,
     capacity: Optional[float],
     batch_rows: int,
+    batch_seconds: float,
     workers: int,
     memory: int,
     broker: Optional[str],
@@ -81,6 +89,7 @@ def main(
         broker=broker,
         kafka_properties=parse_properties(kafka),
         dsn=dsn,
+        batch_seconds=batch_seconds,
         workers=workers,
         memory_budget_mb=memory,
     )

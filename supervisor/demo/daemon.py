@@ -29,9 +29,6 @@ SLOW_FLUSH_THRESHOLD_SECONDS = 2.0
 MAX_SLOW_FLUSHES = 3
 PAUSE_SECONDS = 5.0
 
-# A batch that is not full closes after this time.
-BATCH_SECONDS = 1.0
-
 # Far above the longest hold of the competitor's lock: a flush that times out counts as neither slow nor normal.
 LOCK_TIMEOUT_SECONDS = 60.0
 
@@ -57,6 +54,7 @@ class DaemonPlan:
     dsn: str
     table: str
     batch_rows: int
+    batch_seconds: float
     workers: int
     memory_budget_mb: int
 
@@ -94,7 +92,7 @@ class DaemonPlan:
                         "table": self.table,
                         "mode": "append",
                         "batch_rows": self.batch_rows,
-                        "batch_seconds": BATCH_SECONDS,
+                        "batch_seconds": self.batch_seconds,
                     },
                 ),
             ]

@@ -76,6 +76,7 @@ def _prepare(axis: Any, picture: Picture) -> None:
         axis.axvline(phase.began, color=QUIET, linewidth=0.8, linestyle=":")
     axis.grid(axis="y", alpha=0.25)
     axis.set_xlim(0, picture.end)
+    axis.yaxis.set_major_formatter("{x:,.0f}")
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
 
@@ -130,15 +131,9 @@ def _draw_slow_count(axis: Any, picture: Picture) -> None:
     axis.step([s.elapsed for s in samples], [s.slow_count for s in samples], where="post", color=SLOW, linewidth=1.8)
     # The strike that trips the brake sets the count back to 0 at once, so no sample ever shows it.
     trips = [event.began for event in picture.recorder.brake_events]
-    axis.plot(
-        trips,
-        [limit] * len(trips),
-        "v",
-        color=BRAKE,
-        markersize=8,
-        label="the strike that trips the brake",
-        clip_on=False,
-    )
+    if trips:
+        label = "the strike that trips the brake"
+        axis.plot(trips, [limit] * len(trips), "v", color=BRAKE, markersize=8, label=label, clip_on=False)
     axis.set_ylabel("slow count")
     axis.set_ylim(0, limit + 0.3)
     axis.set_yticks(range(limit + 1))

@@ -104,6 +104,7 @@ class Recorder:
     samples: list[Sample] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     brake_events: list[BrakeEvent] = field(default_factory=list)
+    _next_dead_letters: int = 1
 
     def add(self, sample: Sample) -> list[Event]:
         """Keep a sample, with its rates, and return the events that it brings."""
@@ -189,8 +190,11 @@ class Recorder:
             self.brake_events[-1].ended = sample.elapsed
             seconds = sample.elapsed - self.brake_events[-1].began
             news.append(f"resumed by itself after {seconds:.1f} s; {sample.lag:,} messages wait in Kafka")
-        if before is not None and sample.dead_letters > before.dead_letters:
-            count = sample.dead_letters - before.dead_letters
-            what = "broken order became a dead letter" if count == 1 else "broken orders became dead letters"
-            news.append(f"{count} {what}")
+        if sample.dead_letters >= self._next_dead_letters:
+            # At 1, 2, 4, 8, …: a long run would tell of nothing else.
+            self._next_dead_letters = 2 * sample.dead_letters
+            one = sample.dead_letters == 1
+            news.append(
+                f"{sample.dead_letters:,} broken {'order is a dead letter' if one else 'orders are dead letters'}"
+            )
         return news

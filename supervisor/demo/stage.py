@@ -52,6 +52,7 @@ class Show:
     broker: Optional[str] = None
     kafka_properties: Mapping[str, str] = field(default_factory=dict)
     dsn: Optional[str] = None
+    batch_seconds: float = 1.0  # a batch that is not full closes after this time
     workers: int = 2
     memory_budget_mb: int = 64
 
@@ -131,7 +132,15 @@ def _play(show: Show, name: str, view: View, interrupted: threading.Event) -> Ou
         broker = stage.enter_context(open_broker(show.broker, show.kafka_properties, topic, group))
         view.say(f"broker: {broker.description}")
         _stop_if(interrupted)
-        plan = DaemonPlan(broker, dsn, database.table, show.scenario.batch_rows, show.workers, show.memory_budget_mb)
+        plan = DaemonPlan(
+            broker,
+            dsn,
+            database.table,
+            show.scenario.batch_rows,
+            show.batch_seconds,
+            show.workers,
+            show.memory_budget_mb,
+        )
         parts = Parts(show.scenario, broker, database, plan, folder, view, interrupted)
         outcome = Run(parts, show.kind, show.needs_brake).play()
         _keep_log(folder / "daemon.log", show.report_folder)

@@ -13,7 +13,9 @@ DSN = "postgresql://speedlayer:secret@127.0.0.1:5555/postgres"
 
 
 def settings_of(broker: Broker, folder: Path) -> DaemonSettings:
-    plan = DaemonPlan(broker, DSN, "speedlayer_demo_1.orders", batch_rows=100, workers=2, memory_budget_mb=64)
+    plan = DaemonPlan(
+        broker, DSN, "speedlayer_demo_1.orders", batch_rows=100, batch_seconds=1.0, workers=2, memory_budget_mb=64
+    )
     text = plan.toml(folder / "control.sock")
     assert "secret" not in text
     file = folder / "demo.toml"

@@ -79,11 +79,19 @@ def test_a_second_trip_is_an_event_of_its_own() -> None:
     assert [(event.reason, event.ended) for event in recorder.brake_events] == [("slow", 7.0), ("slow again", None)]
 
 
-def test_dead_letters_are_told() -> None:
+def test_dead_letters_are_told_ever_more_seldom() -> None:
     recorder = Recorder(pause_seconds=5.0)
-    look(recorder, 1.0)
-    assert look(recorder, 2.0, dead_lettered=1) == ["1 broken order became a dead letter"]
-    assert look(recorder, 3.0, dead_lettered=3) == ["2 broken orders became dead letters"]
+    told = [look(recorder, at, dead_lettered=total) for at, total in enumerate((0, 1, 1, 3, 5, 6, 6, 12))]
+    assert told == [
+        [],
+        ["1 broken order is a dead letter"],
+        [],
+        ["3 broken orders are dead letters"],
+        [],
+        ["6 broken orders are dead letters"],
+        [],
+        ["12 broken orders are dead letters"],
+    ]
 
 
 def test_the_lag_counts_what_was_produced_and_not_written() -> None:
