@@ -65,7 +65,7 @@ def test_the_pattern_leaves_other_paths_alone(text: str) -> None:
 
 
 def sleeps_in(source: str) -> list[int]:
-    """The lines on which a test or a fixture sleeps. Code that it makes hang on purpose may, in functions of its own."""
+    """The lines on which a test or a fixture sleeps. Code that is to hang may, in functions of its own."""
     return [
         call.lineno
         for function in ast.walk(ast.parse(source))
