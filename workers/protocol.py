@@ -130,7 +130,7 @@ Order = Union[Flight, Claim, Seed, Finish]
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The worker has booted, and grants this much credit. Each finished flight gives its own credit back."""
+    """The worker has booted, and grants each pipeline this much credit. A finished flight gives its own back."""
 
     pid: int
     credit_flights: int

@@ -22,7 +22,7 @@ class BootSpec:
 
     ``sinks`` maps a pipeline to its dumped `Sink`, ``transforms`` to the output of `transform.pack` (a pipeline without
     steps is not in it). ``python_path`` goes in front of ``sys.path`` before either is loaded. The credits are what the
-    worker grants: flights under way, and bytes of payload in them.
+    worker grants for each pipeline: flights under way, and bytes of payload in them.
     """
 
     worker: str

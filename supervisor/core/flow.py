@@ -78,7 +78,7 @@ class Flow:
                         pass
 
     def _dispatch_one(self, pipeline: Pipeline, worker: Worker) -> bool:
-        room = worker.room()
+        room = worker.room(pipeline.name)
         if not room:
             return False
         lanes = [
@@ -106,14 +106,21 @@ class Flow:
     def _pack(
         self, lanes: list[Lane], pipeline: Pipeline, worker: Worker, room: int
     ) -> list[tuple[Lane, list[Slice], int]]:
-        """Fill a flight from the lanes in turn. Only an idle worker gets a message that is larger than its room."""
+        """Fill a flight from the lanes in turn, the oldest first.
+
+        Only an idle worker gets a message that is larger than its room; the flight waits until it is idle, since
+        younger messages of other lanes would keep it busy for ever.
+        """
         rows, size_bytes = pipeline.config.batch_rows, min(pipeline.config.batch_bytes, room)
         packed: list[tuple[Lane, list[Slice], int]] = []
+        busy = bool(worker.flights_of(pipeline.name))
         for lane in lanes:
             head = lane.batch.slices[0] if lane.batch.slices else None
             too_large = head is not None and (head.size_bytes > size_bytes or head.count > rows)
-            if head is not None and too_large and (packed or (head.size_bytes > room and worker.flights)):
+            if head is not None and too_large and packed:
                 continue
+            if head is not None and head.size_bytes > room and busy:
+                return []
             slices = lane.batch.take(rows, size_bytes, self._state.now)
             rows -= sum(piece.count for piece in slices)
             size_bytes -= sum(piece.size_bytes for piece in slices)

@@ -69,13 +69,20 @@ class Worker:
         """Payload that the worker holds."""
         return sum(flight.size_bytes for flight in self.flights.values())
 
-    def room(self) -> int:
-        """Bytes that may still be sent to it; 0 without credit. An idle worker takes anything: a message larger than
-        the credit travels alone.
+    def flights_of(self, pipeline: str) -> list[FlightRecord]:
+        """The flights of one pipeline that it has."""
+        return [flight for flight in self.flights.values() if flight.pipeline == pipeline]
+
+    def room(self, pipeline: str) -> int:
+        """Bytes of a pipeline that may still be sent to it; 0 without credit.
+
+        A worker writes each pipeline on a thread of its own, and its credit is for each: one that waits for its table
+        takes nothing from the others. An idle thread takes anything: a message larger than the credit travels alone.
         """
-        if self.state is not WorkerState.READY or len(self.flights) >= self.credit_flights:
+        flights = self.flights_of(pipeline)
+        if self.state is not WorkerState.READY or len(flights) >= self.credit_flights:
             return 0
-        return max(self.credit_bytes - self.size_bytes, 0 if self.flights else 1)
+        return max(self.credit_bytes - sum(flight.size_bytes for flight in flights), 0 if flights else 1)
 
     def died(self, now: float) -> None:
         """Take note of the exit and set the time of the next start."""
@@ -115,8 +122,8 @@ class Workforce:
 
     def flights_of(self, pipeline: str) -> list[FlightRecord]:
         """The flights of one pipeline that are under way."""
-        return [flight for worker in self for flight in worker.flights.values() if flight.pipeline == pipeline]
+        return [flight for worker in self for flight in worker.flights_of(pipeline)]
 
     def queues_drained(self, pipeline: str) -> bool:
         """Whether no flight of the pipeline waits in a queue: each worker has at most the one that it is writing."""
-        return all(sum(flight.pipeline == pipeline for flight in worker.flights.values()) <= 1 for worker in self)
+        return all(len(worker.flights_of(pipeline)) <= 1 for worker in self)

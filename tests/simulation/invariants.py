@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Any, Optional
 from simulation.kafka import COMPACTED, DONE, EXPIRED, PASSED, PENDING, Broker, Log, Message
 from simulation.postgres import Server, Transaction, Undo
 from speedlayer.supervisor.core import events as e
-from speedlayer.supervisor.core.ledger import LaneState
+from speedlayer.supervisor.core.ledger import Lane, LaneState
+from speedlayer.supervisor.core.workforce import WorkerState
 from speedlayer.workers.checkpoint import Move, SetStart
 from speedlayer.workers.protocol import LaneKey
 
 if TYPE_CHECKING:
     from simulation.supervisor import SimulatedSupervisor
+
+
+# A batch that is due for so long, while its worker has nothing of its pipeline to do, waits for something it must not.
+WAIT_LIMIT_SECONDS = 1.0
 
 
 class Violation(AssertionError):
@@ -176,6 +181,8 @@ def check_step(supervisor: SimulatedSupervisor) -> None:
         if held.slices and lane.epoch is None:
             raise Violation(f"{lane.partition} holds messages and no epoch")
         batches[lane.key.pipeline] += held.size_bytes
+        if held.opened_at is not None and state.now - held.opened_at > WAIT_LIMIT_SECONDS:
+            _check_waiting(supervisor, lane)
         if lane.state is LaneState.HELD and state.running:
             pipeline = state.pipelines[lane.key.pipeline]
             if pipeline.may_fetch and lane.seek is None and not lane.moving:
@@ -192,6 +199,17 @@ def check_step(supervisor: SimulatedSupervisor) -> None:
         for why, reason in pipeline.holds.items():
             if not reason:
                 raise Violation(f"{name} is {why.value} for no reason")
+
+
+def _check_waiting(supervisor: SimulatedSupervisor, lane: Lane) -> None:
+    """A batch that is due may wait for its own pipeline's flights, or for a hold, and for nothing else."""
+    state = supervisor.core.state
+    pipeline = state.pipelines[lane.key.pipeline]
+    worker = state.workforce[lane.worker] if lane.worker is not None else None
+    if worker is None or worker.state is not WorkerState.READY or not pipeline.may_dispatch:
+        return
+    if lane.epoch is not None and not any(x.pipeline == pipeline.name for x in worker.flights.values()):
+        raise Violation(f"{lane.partition}: a batch waits, and {worker.name} writes nothing of {pipeline.name}")
 
 
 def _check_reading(supervisor: SimulatedSupervisor, fetching: dict[e.Partition, int]) -> None:

@@ -355,7 +355,7 @@ def the_budget_is_ignored() -> Iterator[None]:
 @mutant
 def credit_is_ignored() -> Iterator[None]:
     """A worker is sent more than it has granted."""
-    return _patched(Worker, "room", lambda self: 1_000_000)
+    return _patched(Worker, "room", lambda self, pipeline: 1_000_000)
 
 
 @mutant

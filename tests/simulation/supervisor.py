@@ -206,16 +206,16 @@ class SimulatedSupervisor(Process):
             if part.end < part.start:
                 raise Violation(f"{part.lane}: a flight from {part.start} to {part.end}")
             self._dispatched[part.lane, lane.claim_id] = part.end
-        self._check_credit(action.worker)
+        self._check_credit(action.worker, flight.pipeline)
         self._put(action.worker, flight)
 
-    def _check_credit(self, name: str) -> None:
-        worker = self.core.state.workforce[name]
-        flights, size_bytes = self.credit
-        if len(worker.flights) > flights:
-            raise Violation(f"{name} has {len(worker.flights)} flights, its credit is {flights}")
-        if worker.size_bytes > size_bytes and len(worker.flights) > 1:
-            raise Violation(f"{name} holds {worker.size_bytes} bytes, its credit is {size_bytes}")
+    def _check_credit(self, name: str, pipeline: str) -> None:
+        flights = [flight for flight in self.core.state.workforce[name].flights.values() if flight.pipeline == pipeline]
+        count, size_bytes = len(flights), sum(flight.size_bytes for flight in flights)
+        if count > self.credit[0]:
+            raise Violation(f"{name} has {count} flights of {pipeline}, its credit is {self.credit[0]}")
+        if size_bytes > self.credit[1] and count > 1:
+            raise Violation(f"{name} holds {size_bytes} bytes of {pipeline}, its credit is {self.credit[1]}")
 
     def _put(self, name: str, order: p.Order) -> None:
         worker = self.workers.get(name)
