@@ -130,7 +130,8 @@ class ClaimDesk:
             return
         self._closed_until, self._closed_backoff = 0.0, Backoff()
         if isinstance(answer, Claimed):
-            self._epochs[answer.lane] = max(answer.epoch, self.epoch_of(answer.lane))
+            # Whatever it was before: where the checkpoints were dropped, epochs begin at 1 again.
+            self._epochs[answer.lane] = answer.epoch
         self._reporter.send(answer)
 
     def _postpone(self, pending: _Pending, block: Block) -> None:

@@ -248,7 +248,7 @@ def test_the_transaction_has_its_limits_whatever_the_role_is_set_to(
         dsn,
         """DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_isolation = serializable',
         current_database()); EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on',
-        current_database()); EXECUTE format('ALTER DATABASE %I SET idle_in_transaction_session_timeout = 1',
+        current_database()); EXECUTE format('ALTER DATABASE %I SET idle_in_transaction_session_timeout = 7000',
         current_database()); END $$""",
     )
     names = ("transaction_isolation", "transaction_read_only", "lock_timeout", "idle_in_transaction_session_timeout")

@@ -184,6 +184,24 @@ def test_a_flush_that_waits_for_a_stranger_names_it_and_leaves_it_alone(
         assert flush.result(30).rows == 1
 
 
+def test_a_silent_backend_of_ours_that_owned_none_of_our_lanes_is_left_alone(dsn: str) -> None:
+    with session_of(dsn) as opened, ThreadPoolExecutor(1) as pool, contextlib.closing(connect(dsn)) as sibling:
+        epoch = opened.take(0)
+        cursor = sibling.cursor()
+        cursor.execute("SET application_name = 'speedlayer/orders/worker-9'")
+        cursor.execute("BEGIN; LOCK TABLE orders")
+        flush = pool.submit(opened.session.write, flight(part(orders(1), epoch=epoch)))
+        waiting_long = (
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND wait_event_type = 'Lock' AND now() - xact_start > '1.5 seconds'"
+        )
+        wait_until(lambda: scalar(dsn, waiting_long), "the flush has waited for long")
+        for _ in range(2 * guardian.LOOKS_BEFORE_EVICTION):
+            opened.session.guard()
+        cursor.execute("COMMIT")
+        assert flush.result(30).rows == 1
+
+
 def test_a_working_old_owner_is_not_taken_for_a_ghost(dsn: str) -> None:
     """An old owner that holds a lock and is busy (here: with another lock) is left to finish."""
     execute(dsn, "CREATE TABLE audit (order_id bigint)")

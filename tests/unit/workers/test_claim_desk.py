@@ -199,3 +199,13 @@ def test_trouble_with_looking_is_told_once_and_stops_no_claim() -> None:
         desk.put(Claim(1, lane(1), "me"))
         wait_until(lambda: pipe.of(Claimed), "the claim is answered")
         assert len(pipe.of(WorkerLog)) == 1
+
+
+def test_epochs_that_begin_again_are_believed() -> None:
+    """Somebody dropped the checkpoints: what this worker knew of the lane before says nothing any more."""
+    epochs = iter([7, 1])
+    with desk_of(Session(lambda order: claimed(order, epoch=next(epochs)))) as (desk, pipe):
+        for number, epoch in ((1, 7), (2, 1)):
+            desk.put(Claim(number, lane(1), "me"))
+            wait_until(lambda count=number: len(pipe.of(Claimed)) == count, "the claim is answered")
+            assert desk.epoch_of(lane(1)) == epoch

@@ -24,6 +24,9 @@ WATCH_AFTER_SECONDS = 1.0
 # owner that happens to hold a lock is seen at work at one of them.
 LOOKS_BEFORE_EVICTION = 3
 
+# Old owners' backends that are remembered; an older one has long ended, or its transaction has timed out.
+PREVIOUS_LIMIT = 1_000
+
 # The operator is told who blocks after so long, and then whenever the wait has doubled.
 TELL_AFTER_SECONDS = 5.0
 
@@ -67,14 +70,17 @@ class Guardian:
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        self._previous: set[Backend] = set()
+        self._previous: dict[Backend, None] = {}  # in the order in which they were met
         self._seen_silent: dict[Backend, int] = {}
         self._tell_at_seconds = TELL_AFTER_SECONDS
 
     def remember(self, previous: Optional[Backend]) -> None:
         """Take note of the backend with which the old owner of a lane of ours had flushed."""
-        if previous is not None:
-            self._previous.add(previous)
+        if previous is None:
+            return
+        self._previous[previous] = None
+        if len(self._previous) > PREVIOUS_LIMIT:
+            del self._previous[next(iter(self._previous))]
 
     def rest(self) -> None:
         """No flush has been running for long: forget what was seen."""
