@@ -134,7 +134,7 @@ class SimpleStreamingEngine:
     def dataframe(self, source: KafkaSource, name: Optional[str] = None) -> StreamingDataFrame:
         """Begin a pipeline that reads the source.
 
-        ``name`` (default: the topic) keys the pipeline's checkpoints: renaming it starts the pipeline anew.
+        ``name`` (default: the topic) keys the pipeline's checkpoints: under a new name it has none.
         """
         if not isinstance(source, KafkaSource):
             raise InvalidSetting("source", f'{source!r} is not a KafkaSource, such as KafkaSource("orders")')

@@ -2,7 +2,7 @@
 
     python -m speedlayer.supervisor.reference docs
 
-writes docs/configuration.md, docs/exit-codes.md and docs/metrics.md. A test compares them with the code.
+writes configuration.md, exit-codes.md, metrics.md and signals.md there. A test compares them with the code.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from speedlayer.supervisor import kafka_properties
+from speedlayer.supervisor import kafka_properties, signals
 from speedlayer.supervisor.exit_codes import ExitCode
 from speedlayer.supervisor.metrics import GROUPS
 from speedlayer.supervisor.sections import Entry, Section, sections
@@ -131,7 +131,21 @@ def metrics() -> str:
     return "\n".join(parts)
 
 
-FILES = {"configuration.md": configuration, "exit-codes.md": exit_codes, "metrics.md": metrics}
+def handled_signals() -> str:
+    """Write docs/signals.md."""
+    parts = [f"# Signals\n\n{_NOTE}\n"]
+    for title, table in (("The daemon (supervisor process)", signals.SUPERVISOR), ("A worker process", signals.WORKER)):
+        rows = ((f"`{number.name}`", _cell(meaning)) for number, meaning in table.items())
+        parts.append(f"## {title}\n\n" + _table(("signal", "what it does"), rows))
+    return "\n".join(parts)
+
+
+FILES = {
+    "configuration.md": configuration,
+    "exit-codes.md": exit_codes,
+    "metrics.md": metrics,
+    "signals.md": handled_signals,
+}
 
 
 def _table(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

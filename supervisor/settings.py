@@ -278,7 +278,8 @@ class PipelineSettings(_Checked):
     """
 
     name: str = text(
-        REQUIRED, "Names the pipeline in its checkpoints, in logs and in commands. Renaming one starts it anew."
+        REQUIRED,
+        "Names the pipeline in its checkpoints, in logs and in commands; under a new name it has no checkpoints.",
     )
     topics: tuple[str, ...] = texts(REQUIRED, "The topics that are read.")
     group_id: str = text(REQUIRED, "The consumer group of this pipeline; without it `[kafka]` `group.id`.")

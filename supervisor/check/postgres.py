@@ -210,6 +210,6 @@ def _earlier_names(
         yield warning(
             f"pipeline {pipeline.name}",
             f"the group {pipeline.group_id} has checkpoints of {', '.join(pipeline.topics)} under the name "
-            f"{', '.join(others)}, and none under this one: a renamed pipeline begins anew, at {pipeline.start}",
-            f"call it {others[0]} again, or move its offsets with `speedlayer offsets seek` once it runs",
+            f"{', '.join(others)}, and none under this one: was it renamed? Its partitions will not go on from there",
+            f"call it {others[0]} again, or say where to go on with `speedlayer offsets seek` once it runs",
         )

@@ -250,7 +250,7 @@ def test_a_worker_that_dies_while_it_loads_is_found(check: Check) -> None:
     assert "it exited with 7" in check({"steps.py": source}, pipeline={"filter": "steps:keep"}).only("failed")["detail"]
 
 
-def test_a_renamed_pipeline_is_warned_of_before_it_begins_anew(
+def test_a_renamed_pipeline_is_warned_of_before_it_starts(
     check: Check, kafka: Broker, topic: str, postgres_dsn: str, start_daemon: Callable[..., Daemon]
 ) -> None:
     settings = {"bootstrap_servers": kafka.bootstrap_servers, "group_id": GROUP, "dsn": postgres_dsn, "topic": topic}
@@ -261,7 +261,7 @@ def test_a_renamed_pipeline_is_warned_of_before_it_begins_anew(
     warned = found.only("warning")
     assert warned["what"] == "pipeline orders-v2"
     assert f"under the name {topic}" in warned["detail"]
-    assert "begins anew, at earliest" in warned["detail"]
+    assert "offsets seek" in warned["remedy"]
     assert check().of("warning") == []
 
 

@@ -23,6 +23,7 @@ from fixtures.ports import free_port
 from fixtures.postgres import execute, scalar
 from fixtures.processes import Child
 from fixtures.waiting import wait_until
+from speedlayer.supervisor import signals
 from speedlayer.supervisor.cli.main import cli
 from speedlayer.supervisor.exit_codes import ExitCode
 
@@ -165,7 +166,27 @@ def test_a_daemon_that_is_frozen_gives_no_answer_and_says_so(start_daemon: Start
     wait_until(lambda: run(daemon, "status").exit_code == ExitCode.OK, "it answers again", diagnose=daemon.tail)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+# Errors of the process itself, which Python's own fault handler (on in these tests) catches to print a traceback.
+OF_THE_FAULT_HANDLER = {signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}
+
+
+def signals_of(pid: int, which: str) -> set[signal.Signals]:
+    """Ask the kernel which signals a process catches (``SigCgt``) or ignores (``SigIgn``)."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(which))
+    mask = int(line.split()[1], 16)
+    return {
+        number for number in signal.valid_signals() if isinstance(number, signal.Signals) and mask >> (number - 1) & 1
+    }
+
+
+def test_the_signals_that_are_handled_are_those_that_are_documented(start_daemon: StartDaemon, source: str) -> None:
+    daemon = start_daemon(source)
+    assert signals_of(daemon.pid, "SigCgt") - OF_THE_FAULT_HANDLER == set(signals.SUPERVISOR)
+    for pid in daemon.wait_for_workers(2):
+        assert set(signals.WORKER) <= signals_of(pid, "SigIgn")
+
+
+@pytest.mark.parametrize("number", signals.SUPERVISOR)
 def test_a_stopped_daemon_exits_0_and_leaves_no_socket(
     start_daemon: StartDaemon, source: str, number: signal.Signals
 ) -> None:
