@@ -18,7 +18,7 @@ import msgspec
 from speedlayer.workers.errors import FateUnknown, SinkError
 from speedlayer.workers.protocol import FailureKind, Flight, FlushBlocked, FlushFailed, FlushReport, LaneKey
 from speedlayer.workers.reporter import Reporter, cut
-from speedlayer.workers.retry import FINISHING_WAIT_SECONDS, Block, block_of, with_patience
+from speedlayer.workers.retry import FINISHING_WAIT_SECONDS, Block, block_of, let_go_of_frames, with_patience
 from speedlayer.workers.sinks.base import SinkSession, WriteOutcome
 
 
@@ -86,6 +86,7 @@ class FlushDesk:
             )
         except BaseException as error:
             self._report_failure(flight, error)
+            let_go_of_frames(error)
             return
         self._reporter.send(
             FlushReport(

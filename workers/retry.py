@@ -141,8 +141,8 @@ def _error_of(retry_state: RetryCallState) -> BaseException:
     return error
 
 
-def _let_go_of_frames(error: BaseException) -> None:
-    """Drop the tracebacks of an error that is kept through a wait: their frames hold the decoded batch."""
+def let_go_of_frames(error: BaseException) -> None:
+    """Drop the tracebacks of an error that is kept, through a wait or in a cycle: their frames hold the batch."""
     seen: Optional[BaseException] = error
     while seen is not None:
         seen.__traceback__ = None
@@ -167,7 +167,7 @@ def with_patience(
         error = _error_of(retry_state)
         block = block_of(error)
         if not block.internal:
-            _let_go_of_frames(error)
+            let_go_of_frames(error)
         on_blocked(block, retry_state.upcoming_sleep, retry_state.attempt_number)
 
     retrying = Retrying(
@@ -178,4 +178,9 @@ def with_patience(
         before_sleep=before_sleep,
         reraise=True,
     )
-    return retrying(attempt)
+    try:
+        return retrying(attempt)
+    finally:
+        # tenacity's object is in a cycle with its thread-local state, and lives until the collector comes by. What
+        # `on_blocked` refers to must not: that is a batch, and batches pile up long before the collector sees a need.
+        retrying.before_sleep = None

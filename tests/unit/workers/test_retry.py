@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 
 import pytest
@@ -22,6 +23,7 @@ from speedlayer.workers.retry import (
     Backoff,
     Block,
     block_of,
+    let_go_of_frames,
     with_patience,
 )
 
@@ -179,3 +181,39 @@ def test_a_batch_that_waits_is_not_held_twice() -> None:
     )
     assert result == "written"
     assert while_waiting == [0]
+
+
+@pytest.mark.parametrize("errors", [[], [SinkUnavailable("away")], [FateUnknown("cut")]], ids=["none", "one", "final"])
+def test_a_batch_is_given_back_when_its_attempts_are_over_and_not_when_the_collector_comes_by(
+    errors: list[Exception],
+) -> None:
+    class Batch:
+        pass
+
+    def write(batch: Batch) -> None:
+        def attempt() -> str:
+            assert batch is not None
+            if errors:
+                raise errors.pop()
+            return "written"
+
+        try:
+            with_patience(
+                attempt,
+                on_blocked=lambda *_: alive.add(batch),
+                sleep=lambda _: None,
+                finishing=lambda: False,
+            )
+        except FateUnknown as error:
+            let_go_of_frames(error)
+
+    gc.collect()
+    gc.disable()
+    try:
+        batch = Batch()
+        alive = weakref.WeakSet([batch])
+        write(batch)
+        del batch
+        assert not alive
+    finally:
+        gc.enable()
