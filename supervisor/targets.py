@@ -70,7 +70,9 @@ def _find_engine(file: Path, name: Optional[str]) -> SimpleStreamingEngine:
         return engines[name]
     different = list({id(engine): engine for engine in engines.values()}.values())
     if not different:
-        raise ConfigurationError(f"{file} has no SimpleStreamingEngine in a variable of its own (not inside a function)")
+        raise ConfigurationError(
+            f"{file} has no SimpleStreamingEngine in a variable of its own (not inside a function)"
+        )
     if len(different) > 1:
         raise ConfigurationError(f"{file} has several engines; choose one with --engine: {', '.join(engines)}")
     return different[0]

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fixtures.daemon import Daemon, pipeline_toml
 from fixtures.kafka import Broker, Message
 from fixtures.ports import free_port
-from fixtures.postgres import execute, scalar
+from fixtures.postgres import execute, locked, scalar
 from fixtures.processes import Child
 from fixtures.waiting import wait_until
 from speedlayer.supervisor import signals
@@ -194,6 +194,22 @@ def test_a_stopped_daemon_exits_0_and_leaves_no_socket(
     assert daemon.stop(number) == ExitCode.OK
     assert not daemon.socket.exists()
     assert run(daemon, "status").exit_code == ExitCode.NO_DAEMON
+
+
+def test_a_second_signal_does_not_wait_for_the_deadline(
+    start_daemon: StartDaemon, kafka: Broker, topic: str, postgres_dsn: str
+) -> None:
+    """With the table locked, a stop waits for the flush until its deadline; a second signal gives the flush up."""
+    daemon = start_daemon(source_of(kafka, topic, postgres_dsn, shutdown={"deadline_seconds": 600.0}))
+    with locked(postgres_dsn, "orders"):
+        produce(kafka, topic, 0, 10)
+        daemon.wait_until(lambda status: status["pipelines"][0]["flights"] > 0, "a flight waits for the lock")
+        daemon.process.send(signal.SIGTERM)
+        daemon.process.wait_for_log("stopping (SIGTERM)")
+        assert daemon.stop(signal.SIGTERM) == ExitCode.OK
+    assert rows(postgres_dsn) == 0
+    daemon.start()
+    wait_until(lambda: rows(postgres_dsn) == 10, "what was given up is read again", diagnose=daemon.tail)
 
 
 def test_the_default_socket_is_found_without_a_name(
