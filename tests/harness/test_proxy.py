@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -161,3 +162,42 @@ def test_the_answer_to_a_commit_is_lost_and_its_rows_are_not(
             cursor.execute("COMMIT")
     assert lost.wait(5)
     assert query(postgres_dsn, "SELECT n FROM kept") == [(1,)]
+
+
+@pytest.mark.parametrize("delivered", [True, False])
+def test_a_commit_is_held_back_beyond_its_clients_life(
+    postgres: PostgresServer, postgres_dsn: str, start_proxy: Callable[..., Proxy], delivered: bool
+) -> None:
+    execute(postgres_dsn, "CREATE TABLE kept (n int)")
+    proxy = start_proxy(postgres.host, postgres.port)
+    through = connect(postgres_dsn.replace(f":{postgres.port}/", f":{proxy.port}/"))
+    pid = through.info.backend_pid
+    held = proxy.hold_back(b"COMMIT")
+    with through.cursor() as cursor:
+        cursor.execute("BEGIN")
+        cursor.execute("INSERT INTO kept VALUES (1)")
+    with socket.socket(fileno=os.dup(through.fileno())) as raw:
+        raw.sendall(b"Q\x00\x00\x00\x0bCOMMIT\x00")
+        assert held.wait(5)
+        through.close()
+    [port] = proxy.held_ports()
+    waiting = postgres.backends(f"pid = {pid} AND client_port = {port} AND state = 'idle in transaction'")
+    assert waiting, "the server waits for its client"
+    if delivered:
+        proxy.deliver_held()
+    else:
+        proxy.drop_held()
+    wait_until(lambda: not postgres.backends(f"pid = {pid}"), "the backend has ended")
+    assert query(postgres_dsn, "SELECT n FROM kept") == ([(1,)] if delivered else [])
+
+
+def test_what_is_held_back_on_one_connection_holds_up_no_other(proxy: Proxy) -> None:
+    held = proxy.hold_back(b"secret")
+    with dial(proxy) as first, dial(proxy) as second:
+        first.sendall(b"sec")
+        assert first.recv(10) == b"sec"
+        first.sendall(b"ret")
+        assert held.wait(5)
+        assert ask(second, b"secret") == b"secret"
+        proxy.deliver_held()
+        assert first.recv(10) == b"ret"
