@@ -6,6 +6,7 @@ Only questions are asked that create no topic and join no group.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import TimeoutError as FutureTimeout  # the built-in one only since Python 3.11
 from typing import Any, Optional
 
 from speedlayer.supervisor import kafka_properties
@@ -64,7 +65,7 @@ def _privileges(settings: DaemonSettings, client: Any, metadata: Any, timeout_se
         for topic, future in client.describe_topics(TopicCollection(topics), **asked).items():
             try:
                 operations = future.result(timeout_seconds * 2).authorized_operations
-            except (KafkaException, TimeoutError) as error:
+            except (KafkaException, FutureTimeout) as error:
                 yield warning(f"topic {topic}", f"its privileges could not be asked for: {error}")
                 continue
             if operations is not None and AclOperation.READ not in operations:
@@ -91,7 +92,7 @@ def _group(group: str, future: Any, timeout_seconds: float) -> Finding:
         if code == KafkaError.GROUP_AUTHORIZATION_FAILED:
             return failed(what, "may not be joined", f"grant this client READ on the group {group}")
         return warning(what, f"could not be asked for: {error.args[0].str()}")
-    except TimeoutError:
+    except FutureTimeout:
         return warning(what, "could not be asked for in time")
     operations = described.authorized_operations
     if operations is not None and AclOperation.READ not in operations:
