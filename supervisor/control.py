@@ -202,6 +202,8 @@ class ControlServer:
             await asyncio.wait(connections, timeout=STOP_TIMEOUT_SECONDS)
         for task in connections:
             task.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
+        await asyncio.sleep(0)  # a transport closes in the turn after `close`
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection: a request, its answer, and so on until the client leaves."""
