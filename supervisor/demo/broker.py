@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from speedlayer.supervisor.demo.embedded_kafka import PARTITIONS, embedded_kafka
-from speedlayer.supervisor.errors import Unreachable
+from speedlayer.supervisor.errors import ConfigurationError, Unreachable
 
 # A broker that has not answered by then is taken as out of reach.
 REQUEST_TIMEOUT_SECONDS = 15.0
@@ -51,9 +51,13 @@ def open_broker(servers: Optional[str], properties: Mapping[str, str], topic: st
 
 
 def _admin(client: Mapping[str, str]) -> Any:
+    from confluent_kafka import KafkaException
     from confluent_kafka.admin import AdminClient
 
-    return AdminClient(dict(client), logger=_log)
+    try:
+        return AdminClient(dict(client), logger=_log)
+    except KafkaException as error:
+        raise ConfigurationError(f"--kafka: {error.args[0].str()}") from error
 
 
 def _create_topic(client: Mapping[str, str], topic: str) -> None:
@@ -74,8 +78,10 @@ def _create_topic(client: Mapping[str, str], topic: str) -> None:
 
 def _forget(client: Mapping[str, str], topic: str, group: str) -> None:
     """Delete what the run made on a given broker; what can not be deleted is told, and does not spoil the run."""
-    from confluent_kafka import KafkaException
+    from confluent_kafka import KafkaError, KafkaException
 
+    # A run that was broken off early has no group yet.
+    absent = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.GROUP_ID_NOT_FOUND)
     admin = _admin(client)
     for what, answers in (
         (f"topic {topic}", admin.delete_topics([topic], request_timeout=REQUEST_TIMEOUT_SECONDS)),
@@ -85,4 +91,5 @@ def _forget(client: Mapping[str, str], topic: str, group: str) -> None:
             try:
                 answer.result()
             except KafkaException as error:
-                _log.warning("the %s was left behind: %s", what, error.args[0].str())
+                if error.args[0].code() not in absent:
+                    _log.warning("the %s was left behind: %s", what, error.args[0].str())

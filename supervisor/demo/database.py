@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from speedlayer.supervisor.demo.capacity import Flush
 from speedlayer.supervisor.demo.orders import COLUMNS
-from speedlayer.supervisor.errors import Unreachable
+from speedlayer.supervisor.errors import SpeedlayerError, Unreachable
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
+    from psycopg2.extensions import cursor as Cursor
 
 CONNECT_TIMEOUT_SECONDS = 10
 # Nobody but the run's own sessions has its tables; at the end they are gone, or go soon.
@@ -59,6 +60,10 @@ class Audit:
     lost: int
     surplus: int
     latency: Optional[Latency]
+
+
+class DatabaseError(SpeedlayerError):
+    """The server did not do what the run needs: no permission to make a schema, say."""
 
 
 class Database:
@@ -104,7 +109,7 @@ class Database:
     def flushes(self) -> list[Flush]:
         """Every committed flush of the run, in order: when it began, when its rows were visible, how many there are."""
         ended = "coalesce(pg_xact_commit_timestamp(xmin), written_at)" if self._commit_times else "written_at"
-        with self._connection.cursor() as cursor:
+        with self._cursor() as cursor:
             cursor.execute(
                 f"SELECT extract(epoch FROM flush_began_at)::float8, max(extract(epoch FROM {ended}))::float8, count(*)"
                 f" FROM {self.table} GROUP BY flush_began_at ORDER BY 1"
@@ -146,19 +151,29 @@ class Database:
         return Latency(*row[0]) if row[0] is not None else None
 
     def _load(self, target: str, path: Path) -> None:
-        with self._connection.cursor() as cursor, path.open("rb") as file:
+        with self._cursor() as cursor, path.open("rb") as file:
             cursor.copy_expert(f"COPY {target} FROM STDIN", file)
 
     def _do(self, statement: str, *values: Any) -> None:
-        with self._connection.cursor() as cursor:
+        with self._cursor() as cursor:
             cursor.execute(statement, values or None)
 
     def _one(self, statement: str, *values: Any) -> tuple[Any, ...]:
-        with self._connection.cursor() as cursor:
+        with self._cursor() as cursor:
             cursor.execute(statement, values or None)
             row = cursor.fetchone()
             assert row is not None
             return row
+
+    @contextlib.contextmanager
+    def _cursor(self) -> Iterator[Cursor]:
+        import psycopg2
+
+        try:
+            with self._connection.cursor() as cursor:
+                yield cursor
+        except psycopg2.Error as error:
+            raise DatabaseError(f"PostgreSQL refused what the run needs: {str(error).strip()}") from error
 
 
 def _connect(dsn: str) -> Connection:
