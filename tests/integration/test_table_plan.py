@@ -264,6 +264,21 @@ def test_missing_privileges_are_told_before_the_first_row(
         assert caught.value.remedy.startswith("GRANT")
 
 
+def test_an_upsert_may_make_its_stage_or_says_that_it_may_not(connection: Any) -> None:
+    role = f"writer_{threading.get_native_id()}"
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT quote_ident(current_database())")
+        ((database,),) = cursor.fetchall()
+        cursor.execute(
+            f"CREATE ROLE {role}; CREATE TABLE t (a int PRIMARY KEY); GRANT ALL ON t TO {role};"
+            f"REVOKE TEMPORARY ON DATABASE {database} FROM PUBLIC; SET LOCAL ROLE {role}"
+        )
+    table = Table.load(connection, "t")
+    assert table.key_of(PostgreSQLSink("dbname=x", table="t")) == ()
+    with pytest.raises(SinkMisconfigured, match="no TEMPORARY privilege"):
+        table.key_of(upsert())
+
+
 # --- making a table --------------------------------------------------------------------------------------------------
 
 

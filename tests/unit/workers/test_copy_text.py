@@ -20,6 +20,7 @@ from fixtures.tables import column, read_copy, sink, table
 from speedlayer.workers.decoding.exact import exact_float
 from speedlayer.workers.decoding.json_records import decode_flight
 from speedlayer.workers.decoding.records import Records, apply_transform
+from speedlayer.workers.sinks.postgres.encode import ENCODERS_LIMIT
 from speedlayer.workers.sinks.postgres.table import Table
 from speedlayer.workers.sinks.postgres.write import TableWriter, UnwritableRows
 
@@ -469,6 +470,21 @@ def fields_of(writer: TableWriter, rows: Sequence[Any]) -> list[dict[str, str | 
     listener = Listener()
     writer.write(listener, rows)  # type: ignore[arg-type]
     return [dict(zip(copied.columns, row, strict=True)) for copied in listener.copies for row in copied.rows]
+
+
+def test_the_generated_functions_do_not_pile_up_with_the_ways_in_which_records_differ() -> None:
+    plan = table(column("id", "int8"), *[column(f"f{at}", default="constant") for at in range(9)])
+    writer = TableWriter(plan, sink())
+    values = [
+        json.dumps({"id": mask, **{f"f{at}": "x" for at in range(9) if mask >> at & 1}}).encode() for mask in range(512)
+    ]
+    records = prepared(writer, values)
+    listener = written_rows(writer, records)
+    assert sorted(int(row[copied.columns.index("id")] or 0) for copied in listener.copies for row in copied.rows) == [
+        *range(512)
+    ]
+    functions = len(writer._shape_of(records.rows).encoders)
+    assert 0 < functions <= ENCODERS_LIMIT < len(listener.copies)
 
 
 # --- any record at all -----------------------------------------------------------------------------------------------

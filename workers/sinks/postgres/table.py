@@ -142,13 +142,20 @@ class Table:
         return key
 
     def _check_privileges(self, sink: PostgreSQLSink) -> None:
-        wanted = {"INSERT", "SELECT", "UPDATE"} if sink.mode == "upsert" else {"INSERT"}
+        upsert = sink.mode == "upsert"
+        wanted = {"INSERT", "SELECT", "UPDATE"} if upsert else {"INSERT"}
         missing = sorted(wanted.intersection(self.missing_privileges))
         if missing:
             raise SinkMisconfigured(
                 f"no {' and no '.join(missing)} privilege on {self.sql}",
                 sqlstate="42501",
                 remedy=f"GRANT {', '.join(missing)} ON {self.sql} TO …",
+            )
+        if (upsert or self.row_security) and "TEMPORARY" in self.missing_privileges:
+            raise SinkMisconfigured(
+                f"no TEMPORARY privilege on the database, where rows for {self.sql} are staged",
+                sqlstate="42501",
+                remedy="GRANT TEMPORARY ON DATABASE … TO …",
             )
 
 
@@ -160,7 +167,8 @@ _KIND_NAMES = {"v": "a view", "m": "a materialized view", "S": "a sequence", "i"
 _RELATION = """
 SELECT c.oid, n.nspname, c.relname, c.relkind::text, pg_catalog.row_security_active(c.oid),
        ARRAY(SELECT p FROM pg_catalog.unnest(ARRAY['INSERT', 'SELECT', 'UPDATE']) AS p
-             WHERE NOT pg_catalog.has_any_column_privilege(c.oid, p))
+             WHERE NOT pg_catalog.has_any_column_privilege(c.oid, p)),
+       pg_catalog.has_database_privilege(pg_catalog.current_database(), 'TEMPORARY')
 FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
 WHERE c.oid = pg_catalog.to_regclass(%s)
 """
@@ -229,8 +237,9 @@ def _relation(cursor: Cursor, name: TableName) -> _Relation:
             sqlstate="42P01",
             remedy="create it, or set create_table = true; a name without a schema is looked for on the search path",
         )
-    oid, schema, relation, kind, row_security, missing = found
-    return _Relation(oid, schema, relation, kind, row_security, tuple(missing))
+    oid, schema, relation, kind, row_security, missing, temporary = found
+    missing_privileges = (*missing, *(() if temporary else ("TEMPORARY",)))
+    return _Relation(oid, schema, relation, kind, row_security, missing_privileges)
 
 
 def _columns(cursor: Cursor, oid: int) -> tuple[Column, ...]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 from msgspec import UNSET
 
@@ -46,12 +46,14 @@ class UnwritableRows(SpeedlayerError):
         self.reasons = reasons
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """Rows encoded already: `write` recognises the very list."""
+class PreparedRows(list[Any]):
+    """Rows that are encoded already, by `TableWriter.prepare`; a slice of them is a plain list, encoded when written.
 
-    rows: Sequence[Any]
-    batches: list[list[Lines]]  # written one after the other; several only where `_runs` explains it
+    ``batches`` are written one after the other; several only where `_runs` explains it.
+    """
+
+    writer: TableWriter
+    batches: list[list[Lines]]
     folded_by_server: bool
 
 
@@ -86,7 +88,6 @@ class TableWriter:
         self._statements = _Statements(table, self.key, keep_missing=self._keep_missing, pooled=sink.pooled)
         # COPY can not write under row security, INSERT can.
         self._staged = bool(self.key) or table.row_security
-        self._prepared: Optional[_Prepared] = None
 
     def decoder(self, *, transformed: bool) -> RecordDecoder:
         """The decoder for `decode_flight`: rows made for this table, or dicts when a transform is to see them."""
@@ -96,11 +97,10 @@ class TableWriter:
         return DictDecoder(skip_null_values=self._skip_null_values)
 
     def prepare(self, records: Records) -> Records:
-        """Encode all rows (kept for the `write` of exactly this ``rows`` list); those that can not be are buried.
+        """Encode all rows, for the `write` of the very ``rows`` that come back; those that can not be are buried.
 
         Rows that were dicts become this table's rows.
         """
-        self._prepared = None
         records = self._shaped(records)
         while records.rows:
             shape = self._shape_of(records.rows)
@@ -108,8 +108,7 @@ class TableWriter:
             faults = seen.faults
             if not faults:
                 try:
-                    self._prepared = self._encode(shape, records.rows, seen.escaped)
-                    break
+                    return replace(records, rows=self._encode(shape, records.rows, seen.escaped))
                 except (ValueError, RecursionError):
                     faults = find_faults(shape, records.rows, seen.escaped)
                     if not faults:
@@ -128,9 +127,7 @@ class TableWriter:
         """
         if not rows:
             return
-        prepared = self._prepared
-        if prepared is None or prepared.rows is not rows:
-            prepared = self._encode_anew(rows)
+        prepared = rows if isinstance(rows, PreparedRows) and rows.writer is self else self._encode_anew(rows)
         for batch in prepared.batches:
             if not self._staged:
                 self._append(cursor, batch)
@@ -182,7 +179,7 @@ class TableWriter:
             unknown_fields=records.unknown_fields.union(*(why.unknown_fields for why in guilty.values())),
         )
 
-    def _encode_anew(self, rows: Sequence[Any]) -> _Prepared:
+    def _encode_anew(self, rows: Sequence[Any]) -> PreparedRows:
         if isinstance(rows[0], dict):
             rows, guilty = self._dict_shaper.rows_of(rows)
             if guilty:
@@ -207,14 +204,19 @@ class TableWriter:
                 return shaper.shapes[row_type]
         raise TypeError(f"rows of {row_type} were not made for {self.table.sql}")
 
-    def _encode(self, shape: Shape, rows: Sequence[Any], escaped: frozenset[str]) -> _Prepared:
+    def _encode(self, shape: Shape, rows: Sequence[Any], escaped: frozenset[str]) -> PreparedRows:
+        prepared = PreparedRows(rows)
+        prepared.writer = self
+        prepared.folded_by_server = bool(self.key) and not shape.folds_exactly
         if not self.key:
-            return _Prepared(rows, [encode(shape, rows, escaped)], False)
-        if shape.folds_exactly:
+            prepared.batches = [encode(shape, rows, escaped)]
+        elif not prepared.folded_by_server:
             folded = fold(shape, rows, self.key, keep_missing=self._keep_missing)
-            return _Prepared(rows, [encode(shape, folded, escaped)], False)
-        runs = _runs(shape, rows) if self._keep_missing else [rows]
-        return _Prepared(rows, [encode(shape, run, escaped, numbered=True) for run in runs], True)
+            prepared.batches = [encode(shape, folded, escaped)]
+        else:
+            runs = _runs(shape, rows) if self._keep_missing else [rows]
+            prepared.batches = [encode(shape, run, escaped, numbered=True) for run in runs]
+        return prepared
 
 
 def _runs(shape: Shape, rows: Sequence[Any]) -> list[Sequence[Any]]:
