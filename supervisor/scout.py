@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Optional, Union
 
 from confluent_kafka import (
-    ConsumerGroupTopicPartitions,
+    Consumer,
     IsolationLevel,
     KafkaError,
     KafkaException,
@@ -85,6 +85,8 @@ class Scout:
 
     def __init__(self, kafka: Mapping[str, Any], inbox: SimpleQueue[Answer]) -> None:
         properties = {name: value for name, value in kafka.items() if not name.startswith(_CONSUMER_ONLY)}
+        self._kafka = kafka
+        self._readers: dict[str, Consumer] = {}  # one for each group, never subscribed
         self._admin = AdminClient(properties, logger=logging.getLogger("speedlayer.librdkafka"))
         committed = kafka.get("isolation.level", "read_committed") == "read_committed"
         self._isolation = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
@@ -119,7 +121,7 @@ class Scout:
             for group, asked in _by_group(inspections).items():
                 self._inspect(group, asked)
             if surveys:
-                self._survey(surveys[-1])
+                self._survey(surveys[-1].partitions)
 
     def _pending(self) -> list[Question]:
         """Wait for a question, and take all that have piled up."""
@@ -155,8 +157,8 @@ class Scout:
             marks = self._watermarks(partitions)
             committed = self._committed(group, [q.partition for q in asked if q.want_committed])
             targets = self._offsets({partition: OffsetSpec.for_timestamp(stamp) for partition, stamp in stamps.items()})
-        except KafkaException as error:
-            self._fail(asked, error.args[0].str())
+        except Exception as error:  # whatever it is: an answer is owed, and the thread must live
+            self._fail(asked, _text_of(error))
             return
         for question in asked:
             partition = question.partition
@@ -185,18 +187,22 @@ class Scout:
         now = time.monotonic()
         self._inbox.put(e.Inspected(now, asked[0].partition, asked[0].request, error=reason))
 
-    def _survey(self, survey: Survey) -> None:
-        if not survey.partitions:
+    def _survey(self, partitions: tuple[e.Partition, ...]) -> None:
+        topics = {partition.topic for partition in partitions}
+        if not topics:
             return
         try:
-            marks = self._watermarks(survey.partitions)
-            ids = self._topic_ids({partition.topic for partition in survey.partitions})
-        except KafkaException as error:
-            logger.debug("the survey brought no answer: %s", error)
+            marks = self._watermarks(partitions)
+            ids = self._topic_ids(topics)
+        except Exception as error:  # the next survey comes by itself, and the thread must live
+            logger.debug("the survey brought no answer: %s", _text_of(error))
+            if len(topics) > 1:  # one topic that is gone must not hide the others
+                for topic in sorted(topics):
+                    self._survey(tuple(partition for partition in partitions if partition.topic == topic))
             return
         now = time.monotonic()
         self._inbox.put(e.Watermarks(now, marks))
-        for group in {partition.group for partition in survey.partitions}:
+        for group in {partition.group for partition in partitions}:
             self._inbox.put(e.TopicIds(now, group, ids))
 
     # --- single questions; each raises KafkaException ---------------------------------------------------------------
@@ -229,14 +235,28 @@ class Scout:
     def _committed(self, group: str, wanted: list[e.Partition]) -> dict[e.Partition, tuple[int, bool]]:
         if not wanted:
             return {}
-        asked = [ConsumerGroupTopicPartitions(group, [TopicPartition(x.topic, x.partition) for x in wanted])]
-        futures = self._admin.list_consumer_group_offsets(asked, request_timeout=QUESTION_TIMEOUT_SECONDS)
-        found = _answer(futures[group]).topic_partitions or []
+        asked = [TopicPartition(x.topic, x.partition) for x in wanted]
+        found = self._reader(group).committed(asked, timeout=QUESTION_TIMEOUT_SECONDS)
+        for one in found:
+            if one.error is not None:
+                raise KafkaException(one.error)
         return {
             e.Partition(group, x.topic, x.partition): (x.offset, x.metadata == COMMIT_METADATA)
             for x in found
-            if x.error is None and x.offset >= 0
+            if x.offset >= 0
         }
+
+    def _reader(self, group: str) -> Consumer:
+        """A consumer that asks for the group's commits, and never joins it.
+
+        Not the admin client: its list_consumer_group_offsets crashes the process while the group's coordinator is
+        loading or has moved (librdkafka issue 5040).
+        """
+        if group not in self._readers:
+            known = {name: value for name, value in self._kafka.items() if not name.startswith(_CONSUMER_ONLY)}
+            properties = {**known, "group.id": group, "enable.auto.commit": False}
+            self._readers[group] = Consumer(properties, logger=logging.getLogger("speedlayer.librdkafka"))
+        return self._readers[group]
 
 
 def _by_group(asked: list[Inspect]) -> dict[str, list[Inspect]]:
@@ -244,6 +264,10 @@ def _by_group(asked: list[Inspect]) -> dict[str, list[Inspect]]:
     for question in asked:
         groups[question.partition.group].append(question)
     return groups
+
+
+def _text_of(error: Exception) -> str:
+    return str(error.args[0].str()) if isinstance(error, KafkaException) else repr(error)
 
 
 def _answer(future: Future[Any]) -> Any:

@@ -115,6 +115,7 @@ class Supervisor:
             owner=secrets.token_hex(8),
             separator=self._separator,
             shutdown_deadline_seconds=settings.shutdown.deadline_seconds,
+            pid=os.getpid(),
         )
 
     def _boot_spec(self, worker: str) -> bytes:
@@ -227,7 +228,7 @@ class Supervisor:
             self._scout.ask(Survey(tuple(lane.partition for lane in self._core.lanes())))
         if now - self._snapshot_at >= SNAPSHOT_INTERVAL_SECONDS:
             self._snapshot_at = now
-            self._snapshot = {**self._core.snapshot(), "pid": os.getpid(), "at": time.time()}
+            self._snapshot = {**self._core.snapshot(), "at": time.time()}
 
     def snapshot(self) -> dict[str, Any]:
         """The latest picture of the daemon, at most about a second old while the loop turns; from any thread.

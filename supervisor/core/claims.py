@@ -190,9 +190,14 @@ class Claims:
                 committed=event.committed,
             )
             return
-        start = event.committed
+        start, setting = event.committed, state.pipeline_of(lane).config.start
+        if start is None and setting == "error":
+            state.stop_lane(
+                lane, 'there is no checkpoint, and start = "error". Say where to begin: speedlayer offsets seek'
+            )
+            return
         if start is None:
-            start = event.low if state.pipeline_of(lane).config.start == "earliest" else event.high
+            start = event.low if setting == "earliest" else event.high
         if start < event.low or start > event.high:
             self._out_of_range(lane, start, event)
         else:

@@ -30,7 +30,7 @@ class CoreConfig:
     """The whole daemon, as the core sees it.
 
     ``buffer_bytes`` is the part of the memory budget for what is assembled, queued or being flushed; the rest is what
-    librdkafka may prefetch. ``owner`` is this supervisor's random token in the checkpoints.
+    librdkafka may prefetch. ``owner`` is this supervisor's random token in the checkpoints; ``pid`` is for people.
     """
 
     pipelines: tuple[PipelineConfig, ...]
@@ -39,6 +39,7 @@ class CoreConfig:
     owner: str
     separator: bytes
     shutdown_deadline_seconds: float = 30.0
+    pid: int = 0
 
     @property
     def share_bytes(self) -> int:

@@ -13,6 +13,7 @@ from speedlayer.supervisor.core.workforce import Worker
 def snapshot(state: State) -> dict[str, Any]:
     """Describe everything an operator may want to know. Times are seconds, sizes bytes, lags offsets."""
     return {
+        "pid": state.config.pid,
         "state": state.lifecycle.value,
         "since_seconds": round(state.now - state.lifecycle_since, 3),
         "stop_reason": state.stop_reason,

@@ -238,3 +238,16 @@ def test_a_seek_to_a_timestamp_and_back_writes_exactly_the_range_again(
     assert_table_equals(postgres_dsn, "events", events(0, 100) + events(90, 100), COLUMNS)
     refused = daemon.call("seek", topic="elsewhere", to="earliest")
     assert not refused["ok"] and "no such partition" in refused["error"]
+
+
+def test_with_start_error_a_partition_without_checkpoint_waits_for_a_seek(
+    kafka: Broker, postgres_dsn: str, start: Callable[..., Daemon]
+) -> None:
+    topic = kafka.create_topic(partitions=1)
+    kafka.produce(topic, events(0, 100))
+    daemon = start(topic, start="error")
+    lane = stopped_lane(daemon)
+    assert "there is no checkpoint" in lane["reason"] and "offsets seek" in lane["reason"]
+    assert daemon.call("seek", topic=topic, to=40)["ok"]
+    wait_for_rows(postgres_dsn, 60, daemon)
+    assert_table_equals(postgres_dsn, "events", events(40, 100), COLUMNS)
