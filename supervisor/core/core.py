@@ -204,8 +204,11 @@ class Core:
     def _topic_ids(self, event: e.TopicIds) -> None:
         for lane in self._state.ledger.of_group(event.group):
             now_id = event.ids.get(lane.partition.topic)
-            known = lane.state in (LaneState.HELD, LaneState.FETCHING) and lane.topic_id is not None
-            if known and now_id is not None and now_id != lane.topic_id:
+            if now_id is None or lane.state not in (LaneState.HELD, LaneState.FETCHING):
+                continue
+            if lane.topic_id is None:
+                lane.topic_id = now_id  # brokers tell ids since they were upgraded; the next claim writes it down
+            elif now_id != lane.topic_id:
                 self._claims.stop_recreated(lane, now_id)
 
     def _fetch_failed(self, event: e.FetchFailed) -> None:

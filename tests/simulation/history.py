@@ -83,6 +83,9 @@ class History:
             self._know(partition)
             if plan.foreign_commits and self.random.random() < 0.7:
                 self._foreign_past(partition)
+        if plan.ids_from_seconds:
+            self.broker.tells_ids = False
+            self.world.after(plan.ids_from_seconds, self._tell_ids)
         for index in range(plan.supervisors):
             self.world.after(self.random.uniform(0.0, 0.5), self._start, "ABC"[index])
         self.world.after(EXPIRE_INTERVAL_SECONDS, self._expire)
@@ -90,6 +93,9 @@ class History:
             self.world.after(wave.at, self._produce, wave)
         for fault in plan.faults:
             self.world.after(fault.at, self._inject, fault)
+
+    def _tell_ids(self) -> None:
+        self.broker.tells_ids = True
 
     def _know(self, partition: e.Partition) -> None:
         pipeline = f"p{partition.topic[1:]}"
@@ -215,9 +221,11 @@ class History:
             return
         dice = random.Random(fault.dice)
         what = FAULTS[fault.kind](self, fault.seconds, dice)
-        if what is not None:
-            self.injected += 1
-            self.world.say("NEMESIS", f"{fault.kind}: {what}")
+        if what is None:  # there was nothing to do it to; soon there may be
+            self.world.after(0.2, self._inject, fault)
+            return
+        self.injected += 1
+        self.world.say("NEMESIS", f"{fault.kind}: {what}")
 
     def command(self, supervisor: SimulatedSupervisor, name: str, **arguments: Any) -> None:
         """An operator's command."""
@@ -277,6 +285,7 @@ class History:
         for pipeline in list(server.locked):
             server.unlock_table(pipeline)
         self.broker_up()
+        self.broker.tells_ids = True
         for log in self.broker.logs.values():
             log.settle()
         for supervisor in self._alive():

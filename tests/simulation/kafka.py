@@ -102,6 +102,7 @@ class Broker:
     def __init__(self, world: World) -> None:
         self.world = world
         self.up = True
+        self.tells_ids = True  # older brokers have no topic ids
         self.logs: dict[e.Partition, Log] = {}
         self.groups: dict[str, Group] = {}
         self._ids = 0
@@ -226,9 +227,7 @@ class Group:
 class Consumer:
     """What `GroupConsumer` and librdkafka are together: a member of the group that reads what it is told to read."""
 
-    def __init__(
-        self, process: Process, broker: Broker, group: Group, name: str, late: bool
-    ) -> None:
+    def __init__(self, process: Process, broker: Broker, group: Group, name: str, late: bool) -> None:
         self.process, self.broker, self.group = process, broker, group
         self.world = process.world
         self.random = self.world.stream(f"consumer {name}")

@@ -140,9 +140,7 @@ def a_seed_sets_whatever_is_there() -> Iterator[Protocols]:
             if before is None:
                 yield cp.Rollback()
                 return None
-            yield cp.SetStart(
-                order.lane, before.epoch, before.owner, before.next_offset, order.start, order.topic_id
-            )
+            yield cp.SetStart(order.lane, before.epoch, before.owner, before.next_offset, order.start, order.topic_id)
             if order.gap_reason is not None:
                 yield cp.RecordGap(order.lane, order.expected, order.start, order.gap_reason)
             yield cp.Commit()

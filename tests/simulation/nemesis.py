@@ -102,7 +102,7 @@ def boot_trouble(history: History, seconds: float, dice: random.Random) -> Optio
     victim.boot_trouble = True
     for worker in list(victim.workers.values()):
         if dice.random() < 0.5:
-            worker.exit(-9)
+            worker.fail_to_boot(False)
 
     def undo() -> None:
         victim.boot_trouble = False
@@ -339,6 +339,8 @@ def compaction(history: History, seconds: float, dice: random.Random) -> Optiona
 
 
 def topic_made_again(history: History, seconds: float, dice: random.Random) -> Optional[str]:
+    if history.plan.ids_from_seconds:
+        return "not where it could not be told"
     old = _some_log(history, dice).partition
     numbers = [x.partition for x in history.broker.logs if (x.group, x.topic) == (old.group, old.topic)]
     history.broker.create_topic(old.group, old.topic, len(numbers))

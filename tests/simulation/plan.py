@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ class Plan:
     dead_letter_minimum: int
     shutdown_deadline_seconds: float
     late_polls: bool
+    ids_from_seconds: float  # when the brokers begin to tell topic ids
     seconds: float
     waves: tuple[Wave, ...] = field(repr=False)
     faults: tuple[Fault, ...] = field(repr=False)
@@ -152,6 +152,7 @@ def draw(seed: int) -> Plan:
         dead_letter_minimum=dice.choice((10, 1000)),
         shutdown_deadline_seconds=dice.choice((1.0, 3.0, 8.0)),
         late_polls=dice.random() < 0.3,
+        ids_from_seconds=dice.uniform(0.0, seconds) if dice.random() < 0.1 else 0.0,
         seconds=seconds,
         waves=_waves(dice, topics, partitions, seconds, largest),
         faults=_faults(dice, seconds),
@@ -180,14 +181,7 @@ def _waves(dice: random.Random, topics: list[str], partitions: int, seconds: flo
 def _faults(dice: random.Random, seconds: float) -> tuple[Fault, ...]:
     kinds, weights = list(KINDS), list(KINDS.values())
     faults = []
-    for kind in dice.choices(kinds, weights, k=dice.randrange(5, 14)):
+    for kind in dice.choices(kinds, weights, k=dice.randrange(7, 15)):
         length = dice.choice((0.1, 0.5, 1.5, 4.0)) * dice.uniform(0.5, 1.5)
         faults.append(Fault(dice.uniform(0.2, seconds), kind, length, dice.getrandbits(30)))
     return tuple(sorted(faults, key=lambda fault: fault.at))
-
-
-def describe(plan: Plan) -> dict[str, Any]:
-    """The world's size in words."""
-    return {
-        name: value for name, value in vars(plan).items() if name not in ("waves", "faults")
-    }

@@ -1,4 +1,4 @@
-"""A simulated PostgreSQL: it carries out the operations of `speedlayer.workers.checkpoint` for many connections at once.
+"""A simulated PostgreSQL: it carries out the operations of `speedlayer.workers.checkpoint`, for many at once.
 
 Transactions are READ COMMITTED: a statement sees what is committed when it has its locks. Row locks are held until the
 transaction ends. Between a client and its backend there is a network, and each may be gone without the other knowing.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Optional
 
 from simulation.kafka import Message
@@ -33,11 +34,10 @@ Reply = Callable[[Any, Optional[BaseException]], None]
 class Transaction:
     """What a backend has done since BEGIN."""
 
-    __slots__ = ("began_at", "checkpoints", "dead", "filtered", "found_dead", "gaps", "moves", "purpose", "rows", "starts")
+    __slots__ = ("checkpoints", "dead", "filtered", "found_dead", "gaps", "moves", "purpose", "rows", "starts")
 
-    def __init__(self, purpose: cp.Purpose, now: float) -> None:
+    def __init__(self, purpose: cp.Purpose) -> None:
         self.purpose = purpose
-        self.began_at = now
         self.rows: list[Message] = []
         self.filtered: list[Message] = []
         self.found_dead: list[tuple[int, list[Message]]] = []
@@ -98,6 +98,7 @@ class Server:
         self.backends: dict[Backend, BackendProcess] = {}
         self.commits: deque[Undo] = deque(maxlen=KEPT_COMMITS)
         self.commit_count = 0
+        self.lowered: set[LaneKey] = set()  # lanes whose checkpoint has gone back, by a seek or a fail-over
         self.flush_lock_timeout_seconds = 3.0
         # Faults
         self.up = True
@@ -166,6 +167,7 @@ class Server:
             undo = self.commits.pop()
             for message, status in reversed(undo.statuses):
                 message.status = status
+            self.lowered.update(lane for lane, _ in undo.checkpoints)
             for lane, checkpoint in reversed(undo.checkpoints):
                 if checkpoint is None:
                     self.checkpoints.pop(lane, None)
@@ -191,7 +193,7 @@ class Server:
 
     def _begin(self, backend: BackendProcess, operation: cp.Begin, payload: Any, reply: Reply) -> None:
         assert backend.transaction is None, "BEGIN inside a transaction"
-        backend.transaction = Transaction(operation.purpose, self.world.now)
+        backend.transaction = Transaction(operation.purpose)
         reply(None, None)
 
     def _write_rows(self, backend: BackendProcess, operation: cp.WriteRows, parts: Any, reply: Reply) -> None:
@@ -226,7 +228,7 @@ class Server:
     @staticmethod
     def _wrote(transaction: Transaction, indexes: tuple[int, ...], parts: Any) -> tuple[Counts, ...]:
         counts = []
-        for index, part in zip(indexes, parts):
+        for index, part in zip(indexes, parts, strict=True):
             dead: list[Message] = []
             rows = filtered = 0
             for chunk in part.chunks:
@@ -324,7 +326,7 @@ class Server:
     def _evict(self, backend: BackendProcess, operation: cp.EvictOldOwner, payload: Any, reply: Reply) -> None:
         row, holder = self.checkpoints.get(operation.lane), self._holders.get(operation.lane)
         if row is not None and holder is not None and holder.identity == row.backend and self._is_silent(holder):
-            self.world.say("postgres", f"{backend.client} ends {holder.client}: a stopped owner of {operation.lane.topic}")
+            self.world.say("postgres", f"{backend.client} ends {holder.client}, a stopped owner")
             self.end(holder)
         reply(None, None)
 
@@ -339,8 +341,8 @@ class Server:
     def _commit(self, backend: BackendProcess, operation: cp.Commit, payload: Any, reply: Reply) -> None:
         transaction = self._transaction(backend)
         undo = Undo()
-        for lane, checkpoint in transaction.checkpoints.items():
-            undo.checkpoints.append((lane, self.checkpoints.get(lane)))
+        undo.checkpoints = [(lane, self.checkpoints.get(lane)) for lane in transaction.checkpoints]
+        self.lowered.update(start.lane for start in transaction.starts if start.start < (start.expected or 0))
         self.on_commit(self, transaction, undo)
         self.checkpoints.update(transaction.checkpoints)
         self.commits.append(undo)
@@ -371,8 +373,10 @@ class Server:
             self._release(backend)
             reply(None, error)
 
-        backend.transaction = Transaction(cp.Purpose.CLAIM, self.world.now)
-        self._acquire(backend, sorted(lane for lane in operation.lanes if lane in self.checkpoints), done, fail)
+        # For the length of its waits it counts as a transaction of the claim's kind.
+        backend.transaction = Transaction(cp.Purpose.CLAIM)
+        known = sorted(lane for lane in operation.lanes if lane in self.checkpoints)
+        self._acquire_rest(backend, known, done, fail)
         backend.transaction = None
 
     @staticmethod
@@ -401,8 +405,8 @@ class Server:
             elif holder is not backend:
                 if self.random.random() < self.deadlock:
                     raise SinkContended("deadlock detected", sqlstate="40P01")
-                rest = resources[index + 1 :]
-                waiter = Waiter(backend, resource, lambda: self._acquire_rest(backend, rest, go_on, fail), fail)
+                rest = partial(self._acquire_rest, backend, resources[index + 1 :], go_on, fail)
+                waiter = Waiter(backend, resource, rest, fail)
                 self._waiters.setdefault(resource, []).append(waiter)
                 self._start_waiting(waiter)
                 return
@@ -435,7 +439,7 @@ class Server:
             waiter.fail(SinkContended("canceling statement due to lock timeout", sqlstate="55P03"))
 
     def _end_ghost(self, waiter: Waiter) -> None:
-        """What the guardian of the waiting session comes to: an old owner that was stopped in a transaction is ended."""
+        """What the guardian of the waiting session comes to: an old owner, stopped in a transaction, is ended."""
         holder = self._holders.get(waiter.resource)
         if not waiter.done and holder is not None and self._is_silent(holder):
             self.world.say("postgres", f"{holder.client} is ended: its locks held up {waiter.backend.client}")

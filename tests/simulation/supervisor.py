@@ -1,9 +1,9 @@
-"""A simulated supervisor process: the real core in a shell that mirrors `speedlayer.supervisor.supervisor.Supervisor`."""
+"""A simulated supervisor process: the real core in a shell that mirrors `speedlayer.supervisor.supervisor`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 from simulation.invariants import Violation, check_step
 from simulation.kafka import Broker, Consumer
@@ -180,7 +180,7 @@ class SimulatedSupervisor(Process):
             log = self.broker.logs.get(lane.partition)
             if log is not None:
                 marks[lane.partition] = (log.low, log.stable)
-                ids[lane.partition.topic] = log.topic_id
+                ids[lane.partition.topic] = log.topic_id if self.broker.tells_ids else None
         for group in self.consumers:
             self.later(self.random.uniform(0.005, 0.3), self._surveyed, group, marks, ids)
 
@@ -237,7 +237,7 @@ class SimulatedSupervisor(Process):
         worker.on_exit = lambda code: self.wake(self._worker_exited, worker, code)
         self.workers[action.worker] = worker
         if self.boot_trouble:
-            worker.later(self.random.uniform(0.0, 0.05), worker.exit, -9)
+            worker.later(self.random.uniform(0.0, 0.05), worker.fail_to_boot, self.random.random() < 0.1)
 
     def _reported(self, worker: SimulatedWorker, report: p.Report) -> None:
         self.wake(self._received, worker, report)
@@ -251,8 +251,7 @@ class SimulatedSupervisor(Process):
         self.deliver(e.WorkerExited(self.world.now, worker.worker, worker.incarnation, code))
 
     def _inspect(self, action: a.Inspect) -> None:
-        asked_at = self.random.uniform(0.005, 0.1) + self.scout_delay
-        self.later(asked_at, self._ask, action)
+        self.later(self.random.uniform(0.005, 0.1) + self.scout_delay / 2, self._ask, action)
 
     def _ask(self, action: a.Inspect) -> None:
         partition, now = action.partition, self.world.now
@@ -267,10 +266,11 @@ class SimulatedSupervisor(Process):
                 target = min(action.timestamp_ms, log.stable) if action.timestamp_ms < log.stable else None
             if not action.want_committed:
                 committed, by_us = None, False
+            topic_id = log.topic_id if self.broker.tells_ids else None
             answer = e.Inspected(
-                now, partition, action.request, log.topic_id, log.low, log.stable, committed, by_us, target
+                now, partition, action.request, topic_id, log.low, log.stable, committed, by_us, target
             )
-        self.later(self.random.uniform(0.001, 0.05), self.deliver, answer)
+        self.later(self.random.uniform(0.001, 0.05) + self.scout_delay / 2, self.deliver, answer)
 
     def _resume(self, action: a.Resume) -> None:
         consumer = self.consumers[action.partition.group]
@@ -282,6 +282,13 @@ class SimulatedSupervisor(Process):
         self.consumers[action.partition.group].pause(action.partition)
 
     def _commit_offsets(self, action: a.CommitOffsets) -> None:
+        for partition, offset in action.offsets.items():
+            lane = self.core.state.ledger.get(partition)
+            row = self.server.checkpoints.get(lane.key) if lane is not None else None
+            if lane is None or lane.key in self.server.lowered:
+                continue
+            if row is None or row.next_offset is None or row.next_offset < offset:
+                raise Violation(f"the group is told {offset} for {partition}, the database says {row}")
         self.consumers[action.group].commit(action.offsets)
 
     def _rebuild(self, action: a.RebuildConsumer) -> None:
@@ -322,7 +329,7 @@ class SimulatedSupervisor(Process):
         self.world.say(self.name, f"exits with {action.exit_code}: {action.reason}")
         self.die()
 
-    _do: dict[type, Callable[[SimulatedSupervisor, Any], None]] = {
+    _do: ClassVar[dict[type, Callable[[SimulatedSupervisor, Any], None]]] = {
         a.Dispatch: _dispatch,
         a.SendClaim: lambda self, action: self._put(action.worker, action.claim),
         a.SendSeed: lambda self, action: self._put(action.worker, action.seed),

@@ -120,7 +120,14 @@ class SimulatedWorker(Process):
         delay = max(0.0, self._reports_at - self.world.now) + self.random.uniform(0.001, 0.05)
         self.world.after(delay, self.on_exit, code)
 
+    def fail_to_boot(self, says_why: bool) -> None:
+        """Die before being ready, or say what is wrong and end."""
+        if says_why:
+            self.report(p.BootFailed("the transform does not load"))
+        self.exit(3 if says_why else -9)
+
     def freeze(self) -> None:
+        """SIGSTOP: the server waits for a client that says nothing."""
         super().freeze()
         for desk in self.desks.values():
             desk.stopped()
@@ -394,9 +401,7 @@ class PipelineDesk:
             found = yield from self._drive(protocols.seed(order), link)
             if found is None:
                 return p.Fenced(order.claim_id, order.lane)
-        return p.Claimed(
-            order.claim_id, order.lane, found.epoch, found.next_offset, found.topic_id, found.leader_epoch
-        )
+        return p.Claimed(order.claim_id, order.lane, found.epoch, found.next_offset, found.topic_id, found.leader_epoch)
 
     def _postpone(self, pending: _Pending, block: Block) -> None:
         now = self.world.now
