@@ -117,8 +117,8 @@ class Daemon:
     def __init__(self, plan: DaemonPlan, folder: Path) -> None:
         self.log_path = folder / "daemon.log"
         self._socket = folder / "control.sock"
-        self._file = folder / "demo.toml"
-        self._file.write_text(plan.toml(self._socket), encoding="utf-8")
+        self.file = folder / "demo.toml"
+        self.file.write_text(plan.toml(self._socket), encoding="utf-8")
         self._control = ControlClient(self._socket, STATUS_TIMEOUT_SECONDS)
         self._process: Optional[subprocess.Popen[bytes]] = None
         self._environment = {**os.environ, DSN_VARIABLE: plan.dsn}
@@ -129,7 +129,7 @@ class Daemon:
             # A session of its own: a Ctrl-C in the terminal reaches the demo alone, which stops it in its turn; and
             # all processes of the session are the daemon's.
             self._process = subprocess.Popen(
-                bound_to_us([sys.executable, "-m", "speedlayer.supervisor", "run", str(self._file)], signal.SIGTERM),
+                bound_to_us([sys.executable, "-m", "speedlayer.supervisor", "run", str(self.file)], signal.SIGTERM),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

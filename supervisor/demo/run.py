@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Optional
 
@@ -19,7 +20,9 @@ from speedlayer.supervisor.demo.capacity import Flush, measure_capacity
 from speedlayer.supervisor.demo.competitor import Competitor, Gate
 from speedlayer.supervisor.demo.daemon import PAUSE_SECONDS, SLOW_FLUSH_THRESHOLD_SECONDS, Daemon, DaemonPlan
 from speedlayer.supervisor.demo.database import Audit, Database
+from speedlayer.supervisor.demo.embedded_kafka import backlog_problem
 from speedlayer.supervisor.demo.load import Load
+from speedlayer.supervisor.demo.orders import RECORD_BYTES
 from speedlayer.supervisor.demo.recorder import Recorder, take_sample
 from speedlayer.supervisor.demo.report import PhaseReport, Report
 from speedlayer.supervisor.demo.scenario import Phase, Scenario
@@ -89,19 +92,21 @@ class Run:
         """Play the scenario and return what came of it."""
         parts = self._parts
         with self._daemon() as daemon, self._load() as load:
-            parts.view.say(f"starting the daemon: {parts.plan.workers} workers, {parts.plan.broker.topic}")
+            parts.view.say(f"starting the daemon: speedlayer run {daemon.file.name}, {parts.plan.workers} workers")
             self._wait_until_ready(daemon)
             self._begin()
             load.start()
             with self._competition():
                 self._watch(daemon, load)
+                produced_until = self._elapsed()
             unread = self._drain(daemon, load)
             ended = self._elapsed()
             parts.view.say("stopping the daemon (SIGTERM)")
             exit_code = daemon.stop()
             parts.view.say("comparing the table with what was produced")
             audit = self._audit(load)
-        return self._outcome(load, audit, unread, ended, exit_code)
+        borders = [*self._phase_starts, produced_until]
+        return self._outcome(load, audit, unread, borders, ended, exit_code)
 
     # --- before the first message -------------------------------------------------------------------------------
 
@@ -167,6 +172,9 @@ class Run:
         for event in self._recorder.add(sample):
             self._parts.view.tell(event)
         self._parts.view.show(self._recorder.samples[-1])
+        problem = backlog_problem(sample.lag * RECORD_BYTES) if self._parts.broker.embedded else None
+        if problem is not None:
+            raise SpeedlayerError(problem)
         if self._competitor is not None:
             self._competitor.check()
 
@@ -268,7 +276,9 @@ class Run:
         assert isinstance(result, Audit)
         return result
 
-    def _outcome(self, load: Load, audit: Audit, unread: int, ended: float, exit_code: int) -> Outcome:
+    def _outcome(
+        self, load: Load, audit: Audit, unread: int, borders: list[float], ended: float, exit_code: int
+    ) -> Outcome:
         parts, recorder = self._parts, self._recorder
         flushes = self._flushes()
         report = Report(
@@ -281,7 +291,7 @@ class Run:
             produced=load.acknowledged,
             unread=unread,
             audit=audit,
-            phases=tuple(self._phase_reports(flushes, ended)),
+            phases=tuple(self._phase_reports(flushes, borders)),
             brake_events=tuple(recorder.brake_events),
             needs_brake=self._needs_brake,
             peak_lag=recorder.peak_lag,
@@ -291,9 +301,8 @@ class Run:
         )
         return Outcome(report, recorder, flushes)
 
-    def _phase_reports(self, flushes: list[Flush], ended: float) -> Iterator[PhaseReport]:
-        borders = [*self._phase_starts, ended]
-        for phase, start, end in zip(self._parts.scenario.phases, borders, borders[1:], strict=False):
+    def _phase_reports(self, flushes: list[Flush], borders: list[float]) -> Iterator[PhaseReport]:
+        for phase, (start, end) in zip(self._parts.scenario.phases, pairwise(borders), strict=True):
             produced = self._recorder.produced_at(end) - self._recorder.produced_at(start)
             written = sum(flush.rows for flush in flushes if start <= flush.ended < end)
             yield PhaseReport(

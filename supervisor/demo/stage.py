@@ -108,7 +108,9 @@ def _stop_signals() -> Iterator[threading.Event]:
     def on_signal(number: int, frame: Any) -> None:
         interrupted.set()
 
-    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+    # Under nohup a closed terminal is no reason to stop.
+    taken = [number for number in STOP_SIGNALS if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
+    before = {number: signal.signal(number, on_signal) for number in taken}
     try:
         yield interrupted
     finally:
