@@ -175,6 +175,27 @@ def test_a_json_column_takes_the_value_itself(document: str, transform: Any) -> 
     assert json.loads(found, parse_float=str) == json.loads(document, parse_float=str)
 
 
+@WAYS
+@pytest.mark.parametrize("character", ["\\", "\t", "\n", "\r"])
+def test_each_character_that_copy_wants_escaped_is_escaped_for_itself(character: str, transform: Any) -> None:
+    text = f"a{character}b"
+    value = json.dumps({"id": 1, "note": text, "at": text, "doc": text, "tags": [text]}).encode()
+    found = fields(value, transform=transform)
+    assert (found["note"], found["at"]) == (text, text)
+    assert json.loads(found["doc"] or "") == text
+    assert found["tags"] == '{"' + text.replace("\\", "\\\\") + '"}'
+
+
+@WAYS
+@pytest.mark.parametrize("document", ['{"a": ["x\\ty"]}', "[1, 1.10]"])
+def test_an_object_where_numbers_were_is_left_to_the_server_as_json(document: str, transform: Any) -> None:
+    values = [b'{"id": 1, "price": 1}', b'{"id": 2, "price": %s}' % document.encode()]
+    (copied,) = written(values, transform=transform).copies
+    prices = [row[copied.columns.index("price")] for row in copied.rows]
+    assert prices[0] == "1"
+    assert json.loads(prices[1] or "", parse_float=str) == json.loads(document, parse_float=str)
+
+
 def test_a_json_column_keeps_the_message_as_it_stands() -> None:
     assert fields(b'{"id": 1, "doc": {"a" : 1,\n\t"b":"\\\\n"} }')["doc"] == '{"a" : 1,\n\t"b":"\\\\n"}'
 
