@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -64,6 +65,8 @@ class History:
         self.calm = False
         self.restarts = True
         self.injected = 0
+        self.coverage: Coverage = set()
+        self._recording = False
         self._incarnations = 0
         self._tokens = 0
         self._turns = 0
@@ -158,6 +161,8 @@ class History:
             self.protocols,
             self.plan.late_polls,
         )
+        if self._recording:
+            self.supervisors[slot].core.coverage = self.coverage  # type: ignore[attr-defined]
 
     def _ended(self, slot: str, supervisor: SimulatedSupervisor) -> None:
         self._turns += supervisor.turns
@@ -253,6 +258,10 @@ class History:
             for member in group.members:
                 member.heard_at = self.world.now
 
+    def record_coverage(self) -> None:
+        """Note which event meets which state."""
+        self._recording = True
+
     # --- the course -------------------------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
@@ -268,12 +277,12 @@ class History:
             outcome.fault = str(violation)
         except Exception as error:
             outcome.fault = f"{type(error).__name__}: {error}"
-            if self.world.listening:
-                raise
+            self.world.say("python", traceback.format_exc())
         outcome.events = self.world.happened + self._turns
         outcome.faults = self.injected
         outcome.seconds = self.world.now
         outcome.messages = self.auditor.written
+        outcome.coverage = self.coverage
         return outcome
 
     def _end_faults(self) -> None:

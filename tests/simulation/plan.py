@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 
@@ -68,7 +69,7 @@ class Plan:
     waves: tuple[Wave, ...] = field(repr=False)
     faults: tuple[Fault, ...] = field(repr=False)
 
-    def without(self, waves: set[int], faults: set[int]) -> Plan:
+    def without(self, waves: Collection[int] = (), faults: Collection[int] = ()) -> Plan:
         """The same plan with some of the load and of the faults left out."""
         return replace(
             self,
