@@ -34,8 +34,8 @@ class PostgreSQLSink(Sink):
     ``create_table`` makes a missing table: with ``columns`` (name to SQL type), else inferred from the first records.
 
     ``pooled`` says that the dsn leads to a transaction pooler (PgBouncer): nothing then outlives a transaction.
-    ``lock_timeout_seconds`` is how long a flush waits for a lock before it is tried again. It is long by default: a flush
-    that waits is one slow flush for the brake, and one that gave up would be none.
+    ``lock_timeout_seconds`` is how long a flush waits for a lock before it is tried again. It is long by default: a
+    flush that waits is one slow flush for the brake, and one that gave up would be none.
     """
 
     dsn: str = field(kw_only=False)
