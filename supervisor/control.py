@@ -46,6 +46,10 @@ REQUEST_TIMEOUT_SECONDS = 10.0
 # How long a stopping server lets the last answers get through.
 STOP_TIMEOUT_SECONDS = 2.0
 
+# A connection that was accepted just now has its task after so many turns of the event loop (3 are enough); a server
+# that closes between the two would lose its socket.
+ACCEPT_TURNS = 5
+
 # What a client waits for by default. The shell answers between two polls, within milliseconds.
 ANSWER_TIMEOUT_SECONDS = 10.0
 
@@ -197,6 +201,9 @@ class ControlServer:
         server = await asyncio.start_unix_server(on_connection, sock=listener, limit=REQUEST_LIMIT_BYTES)
         started.set()
         await self._stopping.wait()
+        self._loop.remove_reader(listener.fileno())
+        for _ in range(ACCEPT_TURNS):
+            await asyncio.sleep(0)
         server.close()
         if connections:
             await asyncio.wait(connections, timeout=STOP_TIMEOUT_SECONDS)
