@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from speedlayer.supervisor import reference
 from speedlayer.supervisor.exit_codes import ExitCode
 from speedlayer.supervisor.sections import sections
+from speedlayer.workers import PostgreSQLSink
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -38,3 +40,10 @@ def test_every_exit_code_has_a_number_of_its_own_and_a_meaning() -> None:
     assert all(0 <= number <= 255 for number in numbers)
     assert all(code.meaning.endswith(".") for code in ExitCode)
     assert ExitCode(3) is ExitCode.CONFIGURATION
+
+
+def test_every_argument_of_the_sink_can_be_set_in_a_file() -> None:
+    """But for the three strikes, which a file sets in `[brake]` and `[pipelines.brake]`."""
+    strikes = {"slow_flush_threshold", "max_slow_flushes", "pause_seconds"}
+    targets = {entry.target for section in sections() for entry in section.entries}
+    assert {field.name for field in dataclasses.fields(PostgreSQLSink)} - strikes <= targets
