@@ -98,7 +98,7 @@ class Run:
             load.start()
             with self._competition():
                 self._watch(daemon, load)
-                produced_until = self._elapsed()
+                produced_until = self._elapsed_there()
             unread = self._drain(daemon, load)
             ended = self._elapsed()
             parts.view.say("stopping the daemon (SIGTERM)")
@@ -141,15 +141,20 @@ class Run:
         )
 
     def _begin(self) -> None:
-        database = self._parts.database
-        self._started = time.monotonic()
-        before = time.time()
-        self._database_started = database.now()
+        """Set both clocks to 0: ours, and the database's, in which the flushes' times are."""
+        before, before_monotonic = time.time(), time.monotonic()
+        self._database_started = self._parts.database.now()
+        after, after_monotonic = time.time(), time.monotonic()
         # Half of the round trip lies before the server's look at its clock.
-        self._clock_offset = self._database_started - (before + time.time()) / 2
+        self._started = (before_monotonic + after_monotonic) / 2
+        self._clock_offset = self._database_started - (before + after) / 2
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._started
+
+    def _elapsed_there(self) -> float:
+        """The same by the database's clock, for what is compared with the flushes' times."""
+        return self._parts.database.now() - self._database_started
 
     # --- while messages are produced ----------------------------------------------------------------------------
 
@@ -183,17 +188,19 @@ class Run:
         scenario, elapsed = self._parts.scenario, self._elapsed()
         while self._phase < scenario.phase_at(elapsed):
             self._phase += 1
-            self._enter(scenario.phases[self._phase], elapsed)
+            self._enter(scenario.phases[self._phase])
 
-    def _enter(self, phase: Phase, elapsed: float) -> None:
+    def _enter(self, phase: Phase) -> None:
+        # The border comes before the release: what the release lets through belongs to the new phase.
+        border = self._elapsed_there()
         self._release()
-        self._phase_starts.append(elapsed)
+        self._phase_starts.append(border)
         self._tell_capacity()
         text = f"{phase.name}: {phase.rate:,.0f} messages/s"
         if phase.capacity is not None:
             self._compete(phase.capacity)
             text += f"; a competitor's lock leaves {phase.capacity:,.0f} rows/s"
-        self._parts.view.tell(self._recorder.note(elapsed, text))
+        self._parts.view.tell(self._recorder.note(border, text))
 
     def _tell_capacity(self) -> None:
         """Tell what the database could take in the phase that has just ended."""
