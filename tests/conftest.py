@@ -7,4 +7,5 @@ pytest_plugins = [
     "fixtures.kafka",
     "fixtures.daemon",
     "fixtures.operations",
+    "fixtures.stage",
 ]

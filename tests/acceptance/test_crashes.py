@@ -7,13 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from fixtures.compare import assert_table_equals, values_of
-from fixtures.daemon import Daemon, pipeline_toml
-from fixtures.kafka import Broker, PacedProducer
-from fixtures.killing import Fate, Killer
-from fixtures.open_flushes import OpenFlushes
+from fixtures.kafka import PacedProducer
+from fixtures.killing import Fate
 from fixtures.orders import EVENT_COLUMNS, EVENTS_TABLE, event
-from fixtures.postgres import PostgresServer, execute, query
-from fixtures.proxy import Proxy
+from fixtures.stage import Stage
 from fixtures.waiting import wait_until
 
 MESSAGES_PER_SECOND = 2_000
@@ -21,29 +18,12 @@ MESSAGES_PER_SECOND = 2_000
 
 @pytest.mark.slow
 def test_rows_equal_the_log_although_workers_and_supervisor_are_killed_in_the_middle_of_flushes(
-    kafka: Broker,
-    postgres: PostgresServer,
-    postgres_dsn: str,
-    start_proxy: Callable[..., Proxy],
-    start_daemon: Callable[..., Daemon],
+    start_stage: Callable[..., Stage],
 ) -> None:
-    execute(postgres_dsn, EVENTS_TABLE)
-    topic = kafka.create_topic(partitions=4)
-    proxy = start_proxy(postgres.host, postgres.port).start()
-    source = pipeline_toml(
-        bootstrap_servers=kafka.bootstrap_servers,
-        group_id=topic,
-        dsn=postgres_dsn.replace(f":{postgres.port}/", f":{proxy.port}/"),
-        topic=topic,
-        table="events",
-        kafka={"session.timeout.ms": 3000},  # how long the group waits for a supervisor that was killed
-        pipeline={"batch_seconds": 0.01},
-    )
-    daemon = start_daemon(source)
-    producing = PacedProducer(kafka, topic, event, per_second=MESSAGES_PER_SECOND)
-    with OpenFlushes(postgres_dsn, "events") as flushes, producing as producer:
-        killer = Killer(daemon, flushes, proxy)
-        wait_until(lambda: query(postgres_dsn, "SELECT 1 FROM events LIMIT 1"), "rows flow", diagnose=daemon.tail)
+    stage = start_stage("events", EVENTS_TABLE)
+    killer = stage.killer
+    with PacedProducer(stage.broker, stage.topic, event, per_second=MESSAGES_PER_SECOND) as producer:
+        stage.wait_until_rows_flow()
         for _ in range(2):
             killer.worker_in_flush()
             killer.worker_at_checkpoint()
@@ -66,10 +46,7 @@ def test_rows_equal_the_log_although_workers_and_supervisor_are_killed_in_the_mi
     assert killer.count("supervisor") >= 5
     assert killer.with_open_flush >= 10
     assert killer.between_rows_and_commit >= 3
-    assert "an old owner's that was stopped in a transaction" in daemon.log_text(), "a silent victim's backend is ended"
-    ends = kafka.end_offsets(topic)
-    daemon.wait_until_caught_up(ends, topic)
-    assert_table_equals(postgres_dsn, "events", values_of(kafka.read(topic)), EVENT_COLUMNS)
-    assert query(postgres_dsn, "SELECT sum(rows), sum(filtered), sum(dead_lettered) FROM speedlayer.checkpoints") == [
-        (producer.sent, 0, 0)
-    ], "every message is counted once"
+    assert "an old owner's that was stopped in a transaction" in stage.daemon.log_text(), "silent backends are ended"
+    log = stage.wait_until_written()
+    assert len(log) == producer.sent
+    assert_table_equals(stage.dsn, "events", values_of(log), EVENT_COLUMNS)
