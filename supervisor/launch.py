@@ -20,10 +20,22 @@ if TYPE_CHECKING:
 
 
 def run_daemon(settings: DaemonSettings) -> int:
-    """Run the daemon in this process until it is told to stop; returns its exit code."""
+    """Run the daemon in this process until it is told to stop; returns its exit code.
+
+    Where a thread can not be ended, one of librdkafka's or one that writes a log which nobody reads, the process leaves
+    at once instead.
+    """
+    background = logs.to_background(logs.configure(settings.log, logs.secrets_of(settings)))
+    code, stuck = _run(settings)
+    if not background.stop() or stuck:
+        os._exit(code)
+    return code
+
+
+def _run(settings: DaemonSettings) -> tuple[int, bool]:
+    """Run the daemon; returns its exit code, and whether librdkafka hangs."""
     from speedlayer.supervisor.supervisor import Supervisor
 
-    logs.configure(settings.log, logs.secrets_of(settings))
     _introduce(settings)
     try:
         supervisor = Supervisor(settings)
@@ -31,15 +43,13 @@ def run_daemon(settings: DaemonSettings) -> int:
             code = supervisor.run()
     except SpeedlayerError as error:
         logs.log(logging.ERROR, str(error))
-        return exit_code_of(error)
+        return exit_code_of(error), False
     except Exception:
         logs.log(
             logging.ERROR, "a fault in speedlayer itself ended the daemon; what is committed stays", exception=True
         )
-        return ExitCode.INTERNAL_ERROR
-    if supervisor.stuck:
-        _exit_now(code)
-    return code
+        return ExitCode.INTERNAL_ERROR, False
+    return code, supervisor.stuck
 
 
 def _introduce(settings: DaemonSettings) -> None:
@@ -100,11 +110,3 @@ def _http(settings: DaemonSettings, supervisor: Supervisor) -> Iterator[None]:
         yield
     finally:
         server.stop()
-
-
-def _exit_now(code: int) -> None:
-    """Leave without waiting for librdkafka's threads, which may hang for minutes when the broker is gone."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -5,10 +5,13 @@ Workers send their lines to the supervisor as reports, so one process writes and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import queue
 import re
 import sys
+import threading
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from typing import Any, Optional, TextIO
@@ -23,6 +26,12 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 SHORTEST_SECRET = 4
 
 HIDDEN = "***"
+
+# Lines that may wait for whoever reads the log: some seconds of the worst chatter, about 10 MB.
+BACKGROUND_LINES = 10_000
+
+# How long the last lines may take at the end.
+STOP_TIMEOUT_SECONDS = 2.0
 
 # The password in a URL, and in `key=value`, `"key": "value"` and `key: value` pairs whose key names a secret.
 _URL_PASSWORD = re.compile(r"(?P<before>[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s@]+(?=@)", re.IGNORECASE)
@@ -126,8 +135,8 @@ def _shown(value: Any) -> str:
     return json.dumps(text, ensure_ascii=False) if re.search(r"[\s\"\]]", text) or not text else text
 
 
-def configure(settings: LogSettings, secrets: Iterable[str] = (), stream: Optional[TextIO] = None) -> None:
-    """Make the log write to the stream (default: standard error) as the settings say."""
+def configure(settings: LogSettings, secrets: Iterable[str] = (), stream: Optional[TextIO] = None) -> logging.Handler:
+    """Make the log write to the stream (default: standard error) as the settings say; returns what writes."""
     redact = Redactor(secrets)
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(redact) if settings.format == "json" else TextFormatter(redact))
@@ -136,6 +145,56 @@ def configure(settings: LogSettings, secrets: Iterable[str] = (), stream: Option
     logger.addHandler(handler)
     logger.setLevel(LEVELS[settings.level])
     logger.propagate = False
+    return handler
+
+
+class Background(logging.Handler):
+    """Lets a thread do the writing: whoever reads standard error may stop reading, and the loop must turn.
+
+    Lines wait in a bounded queue. When it is full, further ones are dropped and counted, and the count is written when
+    there is room again.
+    """
+
+    def __init__(self, handler: logging.Handler, limit: int) -> None:
+        super().__init__()
+        self._handler = handler
+        self._waiting: queue.Queue[Optional[logging.LogRecord]] = queue.Queue(limit)
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a record in, without waiting (any thread)."""
+        try:
+            self._waiting.put_nowait(record)
+        except queue.Full:
+            self._dropped += 1
+
+    def _run(self) -> None:
+        while True:
+            record = self._waiting.get()
+            if record is None:
+                return
+            self._handler.handle(record)
+            if self._dropped:
+                dropped, self._dropped = self._dropped, 0
+                message = f"{dropped} log lines were dropped: nobody read the log fast enough"
+                self._handler.handle(logger.makeRecord(logger.name, logging.WARNING, "", 0, message, (), None))
+
+    def stop(self) -> bool:
+        """Write what waits; False if nobody reads it in time."""
+        with contextlib.suppress(queue.Full):
+            self._waiting.put(None, timeout=STOP_TIMEOUT_SECONDS)
+        self._thread.join(STOP_TIMEOUT_SECONDS)
+        return not self._thread.is_alive()
+
+
+def to_background(handler: logging.Handler, limit: int = BACKGROUND_LINES) -> Background:
+    """Have a thread do what the handler did; `Background.stop` ends that."""
+    background = Background(handler, limit)
+    logger.removeHandler(handler)
+    logger.addHandler(background)
+    return background
 
 
 def log(level: int, message: str, fields: Optional[Mapping[str, Any]] = None, exception: bool = False) -> None:

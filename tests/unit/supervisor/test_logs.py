@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -122,3 +123,44 @@ def test_a_field_whose_name_says_secret_is_hidden() -> None:
     read = json.loads(stream.getvalue())
     assert read["sasl.password"] == "***"
     assert read["client.id"] == "a"
+
+
+class _Unread(io.StringIO):
+    """A stream that nobody reads until ``readable`` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader_came = threading.Event()
+        self.handler = logs.configure(LogSettings(), stream=self)
+
+    def write(self, text: str) -> int:
+        assert self.reader_came.wait(30)
+        return super().write(text)
+
+
+@pytest.fixture
+def unread() -> Iterator[_Unread]:
+    stream = _Unread()
+    yield stream
+    stream.reader_came.set()
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up_and_counts_what_it_drops(unread: _Unread) -> None:
+    background = logs.to_background(unread.handler, limit=10)
+    for number in range(100):
+        logs.log(logging.INFO, f"line {number}")
+    assert unread.getvalue() == "", "nothing was written, and nobody waited"
+    unread.reader_came.set()
+    assert background.stop()
+    lines = unread.getvalue().splitlines()
+    written = [line for line in lines if "line " in line and "dropped" not in line]
+    (dropped,) = [line for line in lines if "dropped" in line]
+    assert [line.rsplit(" ", 1)[1] for line in written[:10]] == [str(number) for number in range(10)]
+    assert f"{100 - len(written)} log lines were dropped" in dropped
+
+
+def test_the_end_does_not_wait_for_a_reader_that_never_comes(unread: _Unread, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "STOP_TIMEOUT_SECONDS", 0.05)
+    background = logs.to_background(unread.handler)
+    logs.log(logging.INFO, "the last words")
+    assert not background.stop()
