@@ -7,10 +7,12 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,9 +45,10 @@ class Demo:
     def __init__(self, folder: Path, *arguments: str, command: tuple[str, ...] = COMMAND, terminal: bool) -> None:
         self.report = folder / "report"
         # Under root the server's account has to be able to go there; pytest's own folders are closed to it.
-        self.temporary = Path("/tmp")
-        self.known = self.leftovers()
+        self.temporary = Path(tempfile.mkdtemp(prefix="speedlayer-test-demo-"))
+        self.temporary.chmod(0o711)
         command = (*command, *arguments, "--report-dir", str(self.report))
+        place = {"TMPDIR": str(self.temporary)}
         self._screen = -1
         if terminal:
             self._screen, far_end = pty.openpty()
@@ -59,14 +62,14 @@ class Demo:
                 stdout=out,
                 stderr=out,
                 cwd=folder,
-                env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40", "HOME": str(folder)},
+                env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40", "HOME": str(folder), **place},
                 start_new_session=True,
             )
         if terminal:
             os.close(far_end)
 
-    def leftovers(self) -> set[Path]:
-        return set(self.temporary.glob("speedlayer-demo-*"))
+    def leftovers(self) -> list[str]:
+        return [path.name for path in self.temporary.iterdir()]
 
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -111,6 +114,7 @@ class Demo:
             self.process.wait()
         if self._screen >= 0:
             os.close(self._screen)
+        shutil.rmtree(self.temporary)
 
 
 @pytest.fixture
@@ -162,7 +166,7 @@ def test_the_script_plays_black_friday_on_embedded_servers(play: Callable[..., D
     for expected in ("measured capacity", "slow count 2 of 3", "BRAKE: 3 slow flushes", "resumed by itself", "GOOD: "):
         assert expected in text
     assert gone(family)
-    assert demo.leftovers() == demo.known
+    assert demo.leftovers() == []
     # The home of the demo is this folder as well: what it needs stays in the repository's .cache.
     assert list(tmp_path.rglob("*matplotlib*")) == []
 
@@ -210,7 +214,7 @@ def test_a_demo_that_is_broken_off_leaves_nothing(
     demo.process.send_signal(number)
     assert demo.wait(60) == INTERRUPTED
     assert gone(family)
-    assert demo.leftovers() == demo.known
+    assert demo.leftovers() == []
     assert not demo.report.exists()
     assert "Traceback" not in demo.shown()
 
@@ -224,7 +228,7 @@ def test_ctrl_c_in_the_terminal_leaves_nothing_but_the_panel(play: Callable[...,
     demo.type(b"\x03\x03\x03")
     assert demo.wait(60) == INTERRUPTED
     assert gone(family)
-    assert demo.leftovers() == demo.known
+    assert demo.leftovers() == []
     assert "everything that was started or made is gone" in demo.shown()
     assert "Traceback" not in demo.shown()
     # The cursor, which the panel hides, is back.
@@ -238,8 +242,6 @@ def test_a_demo_that_is_killed_takes_its_processes_with_it(play: Callable[..., D
     assert len(family) > 5
     demo.process.kill()
     wait_until(lambda: gone(family), "the servers and the daemon end", timeout_seconds=60)
-    for folder in demo.leftovers() - demo.known:
-        subprocess.run(["rm", "-r", str(folder)], check=True)
 
 
 def test_a_backlog_that_the_embedded_broker_cannot_hold_is_refused(play: Callable[..., Demo]) -> None:
