@@ -311,12 +311,20 @@ class History:
         end = world.now + LIVENESS_SECONDS
         while True:
             world.run_until(world.now + 0.5)
-            left = self.auditor.unfinished(self.server, self.lanes)
+            left = self.auditor.unfinished(self.server, self.lanes) or self._unsettled()
             if left is None:
                 return
             if world.now > end:
                 raise Violation(f"not everything is written {LIVENESS_SECONDS:g} s after the last fault: {left}")
             self._operate()
+
+    def _unsettled(self) -> Optional[str]:
+        """What still keeps a lane from being read, although all is written."""
+        for supervisor in self._alive():
+            for lane in supervisor.core.lanes():
+                if lane.seek is not None or lane.state is LaneState.STOPPED:
+                    return f"{lane.partition} of {supervisor.name} is {lane.state.value}: {lane.reason}"
+        return None
 
     def _operate(self) -> None:
         """What an operator does who reads the reasons: resume what waits for it, decide where stopped lanes go on."""

@@ -200,10 +200,28 @@ def _check_lane(supervisor: SimulatedSupervisor, lane: Lane) -> None:
         raise Violation(f"{lane.partition} holds messages and no epoch")
     if lane.batch.opened_at is not None and state.now - lane.batch.opened_at > WAIT_LIMIT_SECONDS:
         _check_waiting(supervisor, lane)
+    if lane.state is LaneState.STOPPED and lane.since == state.now:
+        _check_stopped(supervisor, lane)
     if lane.state is LaneState.HELD and state.running:
         may_fetch = state.pipelines[lane.key.pipeline].may_fetch
         if may_fetch and lane.seek is None and not lane.moving:
             raise Violation(f"{lane.partition} is held, and its pipeline is not")
+
+
+def _check_stopped(supervisor: SimulatedSupervisor, lane: Lane) -> None:
+    """Only what has really happened stops a lane."""
+    made_again = lane.partition.topic in supervisor.broker.made_again
+    row = supervisor.server.checkpoints.get(lane.key)
+    causes = {
+        "made again": made_again,
+        "not the one that was read before": made_again,
+        "gone from the log": made_again or supervisor.broker.logs[lane.partition].low > 0,
+        # Another owner may have begun while we were stopped between our claim and the broker's answer.
+        "own commit": supervisor.server.fell_back or (row is not None and row.owner != supervisor.config.owner),
+        'start = "error"': supervisor.core.state.pipelines[lane.key.pipeline].config.start == "error",
+    }
+    if not any(cause in lane.reason and happened for cause, happened in causes.items()):
+        raise Violation(f"{lane.partition} is stopped without a cause: {lane.reason}")
 
 
 def _check_waiting(supervisor: SimulatedSupervisor, lane: Lane) -> None:

@@ -103,6 +103,7 @@ class Broker:
         self.world = world
         self.up = True
         self.tells_ids = True  # older brokers have no topic ids
+        self.made_again: set[str] = set()  # topics that were deleted and made again
         self.logs: dict[e.Partition, Log] = {}
         self.groups: dict[str, Group] = {}
         self._ids = 0
@@ -110,6 +111,8 @@ class Broker:
     def create_topic(self, group: str, topic: str, partitions: int) -> None:
         """Make a topic (again); its partitions are known under the group that reads it."""
         self._ids += 1
+        if e.Partition(group, topic, 0) in self.logs:
+            self.made_again.add(topic)
         for number in range(partitions):
             partition = e.Partition(group, topic, number)
             self.logs[partition] = Log(partition, f"id-{self._ids}")
@@ -244,6 +247,7 @@ class Consumer:
         self._interrupted: Optional[str] = None
         self._positions_at = 0.0
         self._held_back: list[e.AnyEvent] = []
+        self._held_until = 0.0
         self._troubled = False
         self._member: Optional[Member] = None
         self._heartbeat()
@@ -293,6 +297,8 @@ class Consumer:
         generations = dict(self.fetching)
         events = self._run_callbacks()
         if self._held_back:
+            if self.world.now < self._held_until:
+                return events
             held, self._held_back = self._held_back, []
             return [*events, *held]
         messages = self._consume(allowance_bytes) if self.connected else {}
@@ -308,8 +314,8 @@ class Consumer:
         read = self._refusals(generations)
         read.append(e.Polled(self.world.now, self.group.name, tuple(self._slices(messages, generations))))
         read.extend(self._moved_positions(generations))
-        if self.late and self.random.random() < 0.5:
-            self._held_back = read
+        if self.late and self.random.random() < 0.3:
+            self._held_back, self._held_until = read, self.world.now + self.random.choice((0.0, 0.1, 0.5))
             return events
         return [*events, *read]
 

@@ -147,7 +147,7 @@ def draw(seed: int) -> Plan:
         slow_flush_threshold_seconds=dice.choice((0.1, 0.3, 2.0)),
         max_slow_flushes=dice.choice((1, 2, 3)),
         pause_seconds=dice.choice((0.5, 1.5)),
-        start=dice.choice(("earliest", "earliest", "latest")),
+        start=dice.choice(("earliest", "earliest", "earliest", "latest", "latest", "error")),
         on_out_of_range=dice.choice(("stop", "skip")),
         foreign_commits=dice.random() < 0.2,
         dead_letter_minimum=dice.choice((10, 1000)),

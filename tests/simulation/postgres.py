@@ -98,6 +98,7 @@ class Server:
         self.backends: dict[Backend, BackendProcess] = {}
         self.commits: deque[Undo] = deque(maxlen=KEPT_COMMITS)
         self.commit_count = 0
+        self.fell_back = False  # a fail-over has lost commits
         self.lowered: set[LaneKey] = set()  # lanes whose checkpoint has gone back, by a seek or a fail-over
         self.flush_lock_timeout_seconds = 3.0
         # Faults
@@ -162,6 +163,7 @@ class Server:
     def lose_commits(self, count: int) -> int:
         """A fail-over to a standby that was behind: the last commits never were."""
         self.stop()
+        self.fell_back = True
         lost = 0
         while self.commits and lost < count:
             undo = self.commits.pop()

@@ -41,7 +41,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/simulate",
-        description="Runs seeded histories of supervisors, workers, Kafka and PostgreSQL, and looks for promises that break.",
+        description="Runs seeded histories of supervisors, workers, Kafka and PostgreSQL, looking for broken promises.",
         epilog="example: scripts/simulate --minutes 30 --start 1000000",
     )
     parser.add_argument("--seeds", type=int, default=1000, metavar="N", help="how many histories (default: 1000)")
