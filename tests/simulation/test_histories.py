@@ -13,7 +13,6 @@ from simulation.plan import draw
 HISTORIES = int(os.environ.get("SPEEDLAYER_HISTORIES", "10000"))
 
 
-@pytest.mark.slow
 def test_no_promise_is_broken_in_any_history(capsys: pytest.CaptureFixture[str]) -> None:
     summary = run_seeds(0, HISTORIES, processes=os.cpu_count() or 1)
     with capsys.disabled():

@@ -12,6 +12,8 @@ from simulation.history import History
 from simulation.mutants import MUTANTS
 from simulation.plan import Plan, draw
 
+pytestmark = pytest.mark.slow
+
 # On these seeds the true code is clean: `test_histories` runs them all.
 SEEDS = 1000
 
