@@ -138,7 +138,9 @@ class Flow:
         for lane, slices, end in packed:
             assert lane.epoch is not None
             chunks = [piece.chunk for piece in slices]
-            parts.append(Part(lane.key, lane.epoch, lane.dispatched, end, lane.leader_epoch, chunks))
+            # Of the last message in the part: what was read and left behind may be of a later one.
+            leader_epoch = slices[-1].leader_epoch if slices else lane.leader_epoch
+            parts.append(Part(lane.key, lane.epoch, lane.dispatched, end, leader_epoch, chunks))
             notes.append(FlightPart(lane.partition, lane.claim_id, lane.dispatched, end))
             lane.dispatched = end
             lane.in_flight += 1
@@ -218,7 +220,7 @@ class Flow:
         state = self._state
         if not pipeline.brake.handle_overload(error, state.now):
             return
-        pipeline.hold(Hold.OVERLOAD, str(error), state.now)
+        pipeline.hold(Hold.OVERLOAD, str(error))
         state.log(
             WARNING,
             f"pipeline {pipeline.name} is overloaded (no. {pipeline.brake.overload_count}): {error}; reading pauses for"
@@ -235,7 +237,7 @@ class Flow:
             f" {pipeline.config.dead_letter_ratio:.0%}); look at speedlayer.dead_letters, mend the cause, then"
             f" speedlayer resume"
         )
-        if pipeline.hold(Hold.DEAD_LETTERS, reason, self._state.now):
+        if pipeline.hold(Hold.DEAD_LETTERS, reason):
             self._state.log(ERROR, f"pipeline {pipeline.name} is stopped: {reason}", pipeline=pipeline.name)
 
     def failed(self, worker: Worker, report: FlushFailed) -> None:
@@ -276,7 +278,7 @@ class Flow:
     def _block(self, pipeline: Pipeline, report: FlushBlocked) -> None:
         reason = f"{report.kind.value}: {report.reason}" + (f" — {report.remedy}" if report.remedy else "")
         pipeline.blocked_flights[report.flight_id] = reason
-        if pipeline.hold(Hold.BLOCKED, reason, self._state.now):
+        if pipeline.hold(Hold.BLOCKED, reason):
             self._state.log(
                 WARNING,
                 f"pipeline {pipeline.name} waits, its batches are kept: {reason}",
@@ -350,7 +352,7 @@ class Flow:
         elif pipeline.full_since is None:
             pipeline.full_since = state.now
         if pipeline.full_since is not None and state.now - pipeline.full_since >= self._patience(pipeline):
-            pipeline.hold(Hold.MEMORY, f"{held} bytes are read and not written; its share is {share}", state.now)
+            pipeline.hold(Hold.MEMORY, f"{held} bytes are read and not written; its share is {share}")
 
     def _patience(self, pipeline: Pipeline) -> float:
         """A group with one pipeline just does not poll for messages for a while; among several, only the full one must
@@ -373,7 +375,7 @@ class Flow:
     def hold_all(self, why: Hold, reason: str) -> None:
         """Hold every pipeline, for a stop."""
         for pipeline in self._state.pipelines.values():
-            pipeline.hold(why, reason, self._state.now)
+            pipeline.hold(why, reason)
 
     def is_drained(self, pipeline: Pipeline) -> bool:
         """Whether everything that was read is written."""
