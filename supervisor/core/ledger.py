@@ -112,6 +112,7 @@ class Lane:
     epoch: Optional[int] = None
     claim_id: int = 0
     claim_not_before: float = 0.0
+    claim_delay: str = ""  # why the database does not answer the claim
     fenced_in_a_row: int = 0
     polled_since_fenced: bool = True
     # The broker's view.
@@ -138,7 +139,7 @@ class Lane:
         """Change the state; raises `IllegalTransition` for one that the table does not know."""
         if state not in TRANSITIONS[self.state]:
             raise IllegalTransition(f"{self.partition}: {self.state.value} -> {state.value}")
-        self.state, self.since, self.reason = state, now, reason
+        self.state, self.since, self.reason, self.claim_delay = state, now, reason, ""
 
     def begin_at(self, offset: int) -> None:
         """Everything below ``offset`` is final; nothing above it was read."""

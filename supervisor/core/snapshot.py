@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Optional
 
 from speedlayer.supervisor.core.ledger import Lane
-from speedlayer.supervisor.core.pipelines import Pipeline
+from speedlayer.supervisor.core.pipelines import Hold, Pipeline
 from speedlayer.supervisor.core.state import State
 from speedlayer.supervisor.core.workforce import Worker
 
@@ -41,7 +41,7 @@ def _worker(worker: Worker, now: float) -> dict[str, Any]:
 
 def _pipeline(state: State, pipeline: Pipeline) -> dict[str, Any]:
     lanes = sorted(state.ledger.of_pipeline(pipeline.name), key=lambda lane: lane.partition)
-    name, reason = pipeline.state()
+    name, reason = _state(pipeline, lanes)
     counters, brake = pipeline.counters, pipeline.brake
     flights = state.workforce.flights_of(pipeline.name)
     lags = [lane.lag for lane in lanes]
@@ -76,6 +76,15 @@ def _pipeline(state: State, pipeline: Pipeline) -> dict[str, Any]:
         "lag": sum(lag for lag in lags if lag is not None) if any(lag is not None for lag in lags) else None,
         "lanes": [_lane(lane) for lane in lanes],
     }
+
+
+def _state(pipeline: Pipeline, lanes: list[Lane]) -> tuple[str, str]:
+    """What holds the pipeline; where nothing does, what its claims wait for: it reads nothing meanwhile."""
+    name, reason = pipeline.state()
+    delayed = [lane for lane in lanes if lane.claim_delay]
+    if pipeline.holds or not delayed:
+        return name, reason
+    return Hold.BLOCKED.value, f"the claim of {delayed[0].partition} waits: {delayed[0].claim_delay}"
 
 
 def _lane(lane: Lane) -> dict[str, Any]:
