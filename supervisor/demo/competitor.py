@@ -81,6 +81,8 @@ class Competitor:
         self._dsn = dsn
         self._table = table
         self._gate = gate
+        # Set once the lock is held for the first time: from then on the database is slow.
+        self.locked = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="competitor", daemon=True)
         self._connection: Any = None
@@ -123,6 +125,7 @@ class Competitor:
         cursor.execute("SELECT %s::regclass::oid", (self._table,))
         (table_id,) = _one(cursor)
         cursor.execute(f"BEGIN; LOCK TABLE {self._table} IN {LOCK_MODE} MODE")
+        self.locked.set()
         rows = self._count(cursor)
         while not self._stopping.wait(LOOK_SECONDS):
             if not self._gate.is_due(time.monotonic(), self._count_waiting(cursor, table_id)):

@@ -32,6 +32,9 @@ from speedlayer.supervisor.errors import SpeedlayerError
 # How often the daemon is asked for its state.
 SAMPLE_SECONDS = 0.2
 
+# How often to look whether the competitor has got its lock, which takes as long as the flushes that are open.
+LOCK_LOOK_SECONDS = 0.005
+
 # How long the daemon may take until all partitions are read: two workers boot, the group settles.
 READY_TIMEOUT_SECONDS = 60.0
 
@@ -191,15 +194,17 @@ class Run:
             self._enter(scenario.phases[self._phase])
 
     def _enter(self, phase: Phase) -> None:
-        # The border comes before the release: what the release lets through belongs to the new phase.
+        # A slow phase lasts from the first lock to just before the release: what gets through before it and after it
+        # belongs to its neighbours.
         border = self._elapsed_there()
         self._release()
-        self._phase_starts.append(border)
-        self._tell_capacity()
         text = f"{phase.name}: {phase.rate:,.0f} messages/s"
         if phase.capacity is not None:
             self._compete(phase.capacity)
+            border = self._elapsed_there()
             text += f"; a competitor's lock leaves {phase.capacity:,.0f} rows/s"
+        self._phase_starts.append(border)
+        self._tell_capacity()
         self._parts.view.tell(self._recorder.note(border, text))
 
     def _tell_capacity(self) -> None:
@@ -231,6 +236,9 @@ class Run:
         gate = Gate(rows_per_second, parts.scenario.batch_rows, MINIMUM_HOLD_SECONDS)
         self._competitor = Competitor(parts.database.dsn, parts.database.table, gate)
         self._competitor.start()
+        while not self._competitor.locked.is_set():
+            self._competitor.check()
+            self._parts.pause(LOCK_LOOK_SECONDS)
 
     def _release(self) -> None:
         competitor, self._competitor = self._competitor, None
