@@ -181,7 +181,7 @@ class Daemon:
         """The memory of all the daemon's processes, shared pages counted once (PSS); None where it can't be told."""
         return proportional_memory_bytes(session_members(self.pid))
 
-    def log_tail(self, lines: int = 12) -> str:
+    def log_tail(self, lines: int = 30) -> str:
         """The end of the daemon's log."""
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
 
