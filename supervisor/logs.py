@@ -12,13 +12,15 @@ import queue
 import re
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from typing import Any, Optional, TextIO
 
 from speedlayer.supervisor.settings import DaemonSettings, LogSettings
 
 logger = logging.getLogger("speedlayer")
+librdkafka_logger = logging.getLogger("speedlayer.librdkafka")
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -32,6 +34,11 @@ BACKGROUND_LINES = 10_000
 
 # How long the last lines may take at the end.
 STOP_TIMEOUT_SECONDS = 2.0
+
+# What librdkafka says again within this time is kept back, and counted; it remembers so many different lines.
+REPEAT_SECONDS = 60.0
+REPEAT_LINES = 1_000
+_MILLISECONDS = re.compile(r"\d+ ?ms\b")
 
 # The password in a URL, and in `key=value`, `"key": "value"` and `key: value` pairs whose key names a secret.
 _URL_PASSWORD = re.compile(r"(?P<before>[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s@]+(?=@)", re.IGNORECASE)
@@ -145,7 +152,41 @@ def configure(settings: LogSettings, secrets: Iterable[str] = (), stream: Option
     logger.addHandler(handler)
     logger.setLevel(LEVELS[settings.level])
     logger.propagate = False
+    for old_filter in list(librdkafka_logger.filters):
+        librdkafka_logger.removeFilter(old_filter)
+    librdkafka_logger.addFilter(Sparing())
     return handler
+
+
+class Sparing(logging.Filter):
+    """Lets a line through that says nothing new only once in a while, with the count of those it kept back.
+
+    While the brokers are away librdkafka tells of every attempt to connect, twenty times a second.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._seen: dict[
+            str, tuple[float, int]
+        ] = {}  # what a line says -> when it was last let through, kept back since
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is let through; what is debugged always is."""
+        if record.levelno < logging.INFO:
+            return True
+        now, text = self._clock(), record.getMessage()
+        key = _MILLISECONDS.sub("", text)
+        told_at, kept_back = self._seen.get(key, (now - REPEAT_SECONDS, 0))
+        if now - told_at < REPEAT_SECONDS:
+            self._seen[key] = (told_at, kept_back + 1)
+            return False
+        if len(self._seen) >= REPEAT_LINES:
+            self._seen.clear()
+        self._seen[key] = (now, 0)
+        if kept_back:
+            record.msg, record.args = f"{text} (and {kept_back} more like it)", ()
+        return True
 
 
 class Background(logging.Handler):

@@ -125,6 +125,33 @@ def test_a_field_whose_name_says_secret_is_hidden() -> None:
     assert read["client.id"] == "a"
 
 
+def test_what_librdkafka_says_again_and_again_is_written_once_in_a_while_and_counted() -> None:
+    stream = log_to()
+    now = 0.0
+    (old,) = logs.librdkafka_logger.filters
+    logs.librdkafka_logger.removeFilter(old)
+    sparing = logs.Sparing(lambda: now)
+    logs.librdkafka_logger.addFilter(sparing)
+    try:
+        for attempt in range(1_200):  # an outage of a minute
+            now = attempt / 20
+            logs.librdkafka_logger.error("FAIL %s", f"broker-1:9092: Connection refused (after {attempt % 3}ms)")
+            logs.librdkafka_logger.error("FAIL %s", f"broker-2:9092: Connection refused (after {attempt % 3}ms)")
+        assert stream.getvalue().count("broker-1") == stream.getvalue().count("broker-2") == 1
+        now = logs.REPEAT_SECONDS
+        logs.librdkafka_logger.error("FAIL %s", "broker-1:9092: Connection refused (after 0ms)")
+        assert stream.getvalue().endswith("(after 0ms) (and 1199 more like it)\n")
+    finally:
+        logs.librdkafka_logger.removeFilter(sparing)
+
+
+def test_what_librdkafka_is_asked_to_debug_is_written_each_time() -> None:
+    stream = log_to(level="debug")
+    for _ in range(3):
+        logs.librdkafka_logger.debug("SEND Sent Metadata request")
+    assert stream.getvalue().count("SEND") == 3
+
+
 class _Unread(io.StringIO):
     """A stream that nobody reads until ``readable`` is set."""
 
