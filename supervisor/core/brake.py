@@ -1,8 +1,8 @@
-"""Three strikes: the seed's rule for telling a hiccup from an overload (supervisor process, pure).
+"""Three strikes: the rule that tells a hiccup from an overload (supervisor process, pure).
 
 A flush longer than the threshold adds 1 to the slow count, any other takes 1 off, never below 0. When the count reaches
 its limit the sink is overloaded: the count returns to 0 and `StreamingOverloadException` is raised, with the pause it
-asks for. The engine handles it: consumption pauses until ``pause_until``, the worker queues drain, and it resumes by
+asks for. `Flow` handles it: consumption pauses until ``pause_until``, the worker queues drain, and it resumes by
 itself. The count is one for each sink, over all its workers, in the order of their reports.
 """
 
@@ -24,7 +24,6 @@ class ThreeStrikes:
     slow_count: int = 0
     overload_count: int = 0
     pause_until: Optional[float] = None
-    reason: str = ""
 
     @property
     def paused(self) -> bool:
@@ -56,7 +55,6 @@ class ThreeStrikes:
             return False
         self.overload_count += 1
         self.pause_until = now + error.pause_seconds
-        self.reason = str(error)
         return True
 
     def should_pause(self, now: float, queues_drained: bool) -> bool:
@@ -66,5 +64,4 @@ class ThreeStrikes:
         if now < self.pause_until or not queues_drained:
             return True
         self.pause_until = None
-        self.reason = ""
         return False

@@ -1,4 +1,4 @@
-"""From assignment to the first fetch: claim, inspect, seed (supervisor process, pure). DESIGN: checkpoints, assignment.
+"""From assignment to the first fetch: claim, inspect, seed (supervisor process, pure).
 
 The claim raises the lane's epoch in the database, which fences every flight of an earlier owner, and returns where its
 rows end. The broker is then asked whether that offset still means what it meant: the same topic, still in the log.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Optional
 
-from speedlayer.supervisor.core.actions import INFO, WARNING, Inspect, SendClaim, SendSeed
+from speedlayer.supervisor.core.actions import ERROR, INFO, WARNING, Inspect, SendClaim, SendSeed
 from speedlayer.supervisor.core.balance import Balance
 from speedlayer.supervisor.core.config import (
     FENCED_ALARM_COUNT,
@@ -132,7 +132,7 @@ class Claims:
         often = len(pipeline.fenced_at) >= FENCED_ALARM_COUNT
         if often and not pipeline.fenced_alarm:
             self._state.log(
-                40,
+                ERROR,
                 f"pipeline {pipeline.name} is fenced again and again: do two daemons outside one consumer group"
                 " write the same checkpoints?",
                 pipeline=pipeline.name,

@@ -1,6 +1,6 @@
-"""What an operator can ask of the running daemon (supervisor process, pure): pause, resume, drain, seek, status, stop.
+"""What an operator can ask of the running daemon (supervisor process, pure): pause, resume, drain, seek, status.
 
-A command is answered once, at once or when it is done. An answer is a JSON-able mapping with ``ok``, and ``error``
+(`stop` is a `StopRequested`, like a signal.) A command is answered once, at once or when it is done. An answer is a JSON-able mapping with ``ok``, and ``error``
 where it is false.
 """
 
@@ -100,7 +100,7 @@ class Commands:
     def _pause(self, command: Command) -> Mapping[str, Any]:
         chosen = self._chosen(command)
         for pipeline in chosen:
-            pipeline.hold(Hold.OPERATOR, "an operator paused it; speedlayer resume goes on", self._state.now)
+            pipeline.hold(Hold.OPERATOR, "an operator paused it; speedlayer resume goes on")
             self._state.log(INFO, f"pipeline {pipeline.name} is paused by an operator", pipeline=pipeline.name)
         return {"ok": True, "pipelines": [pipeline.name for pipeline in chosen]}
 
@@ -118,7 +118,7 @@ class Commands:
     def _drain(self, command: Command) -> Optional[Mapping[str, Any]]:
         chosen = self._chosen(command)
         for pipeline in chosen:
-            pipeline.hold(Hold.DRAINING, "an operator drains it; speedlayer resume goes on", self._state.now)
+            pipeline.hold(Hold.DRAINING, "an operator drains it; speedlayer resume goes on")
         waiting = WaitingDrain(command.token, tuple(pipeline.name for pipeline in chosen))
         self._waiting.append(waiting)
         return None

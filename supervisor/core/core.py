@@ -162,7 +162,7 @@ class Core:
                 self._state.log(
                     WARNING, f"the claim of {lane.partition} waits: {report.reason}", **self._state.fields_of(lane)
                 )
-            lane.reason = report.reason
+            lane.reason = lane.claim_delay = report.reason
 
     # --- workers ------------------------------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class Core:
                 self._claims.stop_recreated(lane, now_id)
 
     def _fetch_failed(self, event: e.FetchFailed) -> None:
-        """The broker does not serve the offset: claim and inspect again, which finds and handles the gap."""
+        """The broker does not serve the offset: stop, or claim and inspect again, which finds and handles the gap."""
         state = self._state
         lane = state.ledger.get(event.partition)
         if lane is None or lane.generation != event.generation or lane.state is not LaneState.FETCHING:
@@ -223,15 +223,8 @@ class Core:
                 f"the log was truncated below offset {lane.expected} ({event.message}); rows that were written may no"
                 " longer be in Kafka. Say where to go on: speedlayer offsets seek",
             )
-        elif event.problem is e.FetchProblem.OUT_OF_RANGE:
-            state.reclaim(lane, f"offset out of range: {event.message}")
         else:
-            state.trouble[event.partition.group] = (
-                state.now,
-                event.problem.value,
-                f"{lane.partition}: {event.message}",
-            )
-            state.log(WARNING, f"{lane.partition} can not be read: {event.message}", **state.fields_of(lane))
+            state.reclaim(lane, f"{event.problem.value}: {event.message}")
 
     def _positions_unknown(self, event: e.PositionsUnknown) -> None:
         """Messages may have vanished inside librdkafka: read every lane again from where the ledger stands."""

@@ -102,18 +102,15 @@ class PositionsUnknown(Event):
 
 
 class FetchProblem(enum.Enum):
-    """Why a partition can not be read."""
+    """Why the broker serves no message from an offset; any other error of a partition is a `ConsumerTrouble`."""
 
     OUT_OF_RANGE = "offset out of range"
     LOG_TRUNCATED = "log truncated"
-    UNAUTHORIZED = "not authorised"
-    UNKNOWN_TOPIC = "unknown topic or partition"
-    OTHER = "error"
 
 
 @dataclass(frozen=True)
 class FetchFailed(Event):
-    """The broker refuses to serve a partition."""
+    """The broker refuses to serve a partition from the offset that was asked for."""
 
     partition: Partition
     generation: int
@@ -156,7 +153,7 @@ class TopicIds(Event):
 
 @dataclass(frozen=True)
 class ConsumerTrouble(Event):
-    """librdkafka reported an error that concerns the whole consumer. ``fatal``: it will never work again."""
+    """librdkafka reported an error, of the whole consumer or a topic of its. ``fatal``: it will never work again."""
 
     group: str
     code: str

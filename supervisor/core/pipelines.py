@@ -100,7 +100,6 @@ class Pipeline:
     config: PipelineConfig
     brake: ThreeStrikes
     holds: dict[Hold, str] = field(default_factory=dict)
-    held_since: Optional[float] = None
     blocked_flights: dict[int, str] = field(default_factory=dict)
     dead_letters: DeadLetterWindow = field(default_factory=lambda: DeadLetterWindow(60.0))
     written: RateMeter = field(default_factory=RateMeter)
@@ -132,20 +131,15 @@ class Pipeline:
         """Whether new flights may be sent."""
         return not STOPS_DISPATCH.intersection(self.holds)
 
-    def hold(self, why: Hold, reason: str, now: float) -> bool:
+    def hold(self, why: Hold, reason: str) -> bool:
         """Add a hold; True if it is new (an old one gets the new reason)."""
         new = why not in self.holds
         self.holds[why] = reason
-        if self.held_since is None:
-            self.held_since = now
         return new
 
     def release(self, why: Hold) -> bool:
         """Take a hold away; True if it was there."""
-        was_there = self.holds.pop(why, None) is not None
-        if not self.holds:
-            self.held_since = None
-        return was_there
+        return self.holds.pop(why, None) is not None
 
     def state(self) -> tuple[str, str]:
         """The state's name and the reason, for people."""

@@ -6,9 +6,9 @@ import enum
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
-from speedlayer.supervisor.core.actions import Action, Log, Pause, Resume
+from speedlayer.supervisor.core.actions import ERROR, Action, Log, Pause, Resume
 from speedlayer.supervisor.core.config import CoreConfig
 from speedlayer.supervisor.core.ledger import Lane, LaneState, Ledger
 from speedlayer.supervisor.core.pipelines import Pipeline
@@ -52,8 +52,7 @@ class State:
     exit_code: int = 0
     last_message_at: float = 0.0
     silence_told: bool = False
-    trouble: dict[str, tuple[float, str, str]] = field(default_factory=dict)
-    topic_ids: dict[tuple[str, str], Optional[str]] = field(default_factory=dict)
+    trouble: dict[str, tuple[float, str, str]] = field(default_factory=dict)  # group -> when, code, text of the latest
     actions: list[Action] = field(default_factory=list)
     _numbers: int = 0
 
@@ -130,7 +129,7 @@ class State:
             self.act(Pause(lane.partition))
         lane.move(LaneState.STOPPED, self.now, reason)
         self.drop(lane)
-        self.log(40, f"{lane.partition} is stopped: {reason}", **self.fields_of(lane), **fields)
+        self.log(ERROR, f"{lane.partition} is stopped: {reason}", **self.fields_of(lane), **fields)
 
     def reclaim(self, lane: Lane, reason: str, not_before: float = 0.0) -> None:
         """The fate of what was in flight is not known, or the lane was fenced: drop what it holds, and claim again."""

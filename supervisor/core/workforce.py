@@ -111,11 +111,6 @@ class Workforce:
     def __getitem__(self, name: str) -> Worker:
         return self._workers[name]
 
-    @property
-    def size_bytes(self) -> int:
-        """Payload in all workers together."""
-        return sum(worker.size_bytes for worker in self)
-
     def ready(self) -> list[Worker]:
         """Those that take orders."""
         return [worker for worker in self if worker.state is WorkerState.READY]
