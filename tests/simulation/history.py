@@ -193,6 +193,7 @@ class History:
 
     def _produce(self, wave: Wave) -> None:
         log = self._log(wave.topic, wave.partition)
+        log.leader_epoch += wave.new_leader
         random, start = self.random, log.end
         for _ in range(wave.count):
             luck = random.random()

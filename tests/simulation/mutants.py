@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, Optional
 from unittest.mock import patch
 
-from simulation.kafka import Consumer
 from simulation.postgres import Server
 from simulation.worker import Protocols
 from speedlayer.supervisor.core import events as e
@@ -23,7 +23,7 @@ from speedlayer.supervisor.core.flow import Flow
 from speedlayer.supervisor.core.ledger import Lane, LaneState, OpenBatch
 from speedlayer.supervisor.core.pipelines import Hold, Pipeline
 from speedlayer.supervisor.core.state import State
-from speedlayer.supervisor.core.workforce import Worker
+from speedlayer.supervisor.core.workforce import Worker, WorkerState
 from speedlayer.workers import checkpoint as cp
 from speedlayer.workers import protocol as p
 
@@ -318,6 +318,99 @@ def a_seek_is_applied_again_and_again() -> Iterator[None]:
     return _patched(Claims, "claimed", claimed)
 
 
+# --- faults that the simulator found, put back ----------------------------------------------------------------------
+
+
+@mutant
+def a_report_counts_for_its_epoch() -> Iterator[None]:
+    """A flight of an earlier claim moves the lane of a later one, if a fail-over gave both the same epoch."""
+    originals = Flow._send, Flow._advance
+
+    def send(self: Flow, pipeline: Pipeline, worker: Worker, packed: Any) -> None:
+        claims = {lane.partition: lane.claim_id for lane, _, _ in packed}
+        for lane, _, _ in packed:
+            lane.claim_id = -(lane.epoch or 0)
+        originals[0](self, pipeline, worker, packed)
+        for lane, _, _ in packed:
+            lane.claim_id = claims[lane.partition]
+
+    def advance(self: Flow, record: Any, fenced: Any) -> Any:
+        lanes = [self._state.ledger.get(part.partition) for part in record.parts]
+        claims = [(lane, lane.claim_id) for lane in lanes if lane is not None]
+        for lane, _ in claims:
+            lane.claim_id = -(lane.epoch or 0)
+        lost = originals[1](self, record, fenced)
+        for lane, claim_id in claims:
+            lane.claim_id = claim_id
+        return lost
+
+    with patch.object(Flow, "_send", send), patch.object(Flow, "_advance", advance):
+        yield None
+
+
+@mutant
+def a_part_carries_the_leader_epoch_of_what_was_read() -> Iterator[None]:
+    """Not that of its own last message."""
+    original = Flow._send
+
+    def send(self: Flow, pipeline: Pipeline, worker: Worker, packed: Any) -> None:
+        read = [
+            (lane, [replace(piece, leader_epoch=lane.leader_epoch) for piece in slices], end)
+            for lane, slices, end in packed
+        ]
+        original(self, pipeline, worker, read)
+
+    return _patched(Flow, "_send", send)
+
+
+@mutant
+def credit_is_shared_by_the_pipelines() -> Iterator[None]:
+    """A pipeline whose table is locked holds the credit of the others."""
+
+    def room(self: Worker, pipeline: str) -> int:
+        if self.state is not WorkerState.READY or len(self.flights) >= self.credit_flights:
+            return 0
+        return max(self.credit_bytes - self.size_bytes, 0 if self.flights else 1)
+
+    return _patched(Worker, "room", room)
+
+
+@mutant
+def a_seed_keeps_the_leader_epoch() -> Iterator[None]:
+    """A topic that was made again, or an older offset, is read as if it went on where the lane was."""
+    original = Server._set_start
+
+    def set_start(self: Server, backend: Any, operation: Any, payload: Any, reply: Any) -> None:
+        def keep(result: Any, error: Any) -> None:
+            transaction, row = backend.transaction, self.checkpoints.get(operation.lane)
+            if result and row is not None:
+                new = transaction.checkpoints[operation.lane]
+                transaction.checkpoints[operation.lane] = replace(new, leader_epoch=row.leader_epoch)
+            reply(result, error)
+
+        original(self, backend, operation, payload, keep)
+
+    return _patched(Server, "_set_start", set_start)
+
+
+@mutant
+def commands_are_taken_while_the_daemon_stops() -> Iterator[None]:
+    """A drain or a seek that nobody will ever answer."""
+    return _patched(State, "stopping", property(lambda self: False))
+
+
+@mutant
+def a_broken_consumer_is_replaced_at_once() -> Iterator[None]:
+    """What it was assigned in the same turn goes to its successor."""
+    original = Core._consumer_trouble
+
+    def consumer_trouble(self: Core, event: e.ConsumerTrouble) -> None:
+        original(self, event)
+        self._rebuild_consumers()
+
+    return _patched(Core, "_consumer_trouble", consumer_trouble)
+
+
 # --- the core: brake, memory, holds ---------------------------------------------------------------------------------
 
 
@@ -409,9 +502,3 @@ def a_stop_forgets_the_position_of_open_batches() -> Iterator[None]:
         return taken[:-1] if len(taken) > 2 else taken
 
     return _patched(OpenBatch, "take", take)
-
-
-@mutant
-def a_broken_consumer_keeps_its_partitions() -> Iterator[None]:
-    """The partitions of a consumer that was replaced are read through its successor."""
-    return _patched(Consumer, "close", lambda self: None)

@@ -298,7 +298,10 @@ def fatal_consumer(history: History, seconds: float, dice: random.Random) -> Opt
     if victim is None:
         return None
     group = dice.choice(sorted(victim.consumers))
-    victim.deliver(ConsumerTrouble(history.world.now, group, "_FATAL", "fenced instance", fatal=True))
+    trouble = ConsumerTrouble(history.world.now, group, "_FATAL", "fenced instance", fatal=True)
+    if dice.random() < 0.5:  # what it was just assigned may come in the same turn
+        history.broker.groups[group].rebalance(shuffle=True)
+    _later(history, dice.uniform(0.0, 0.2), lambda: victim.deliver(trouble))
     return f"{victim.name} in {group}"
 
 

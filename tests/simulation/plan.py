@@ -19,6 +19,7 @@ class Wave:
     dead_ratio: float
     transaction_seconds: float  # 0: no transaction
     aborted: bool
+    new_leader: bool  # the partition has another leader since the wave before
 
     def __str__(self) -> str:
         return f"{self.at:7.2f}  {self.count} messages into {self.topic}/{self.partition}"
@@ -92,7 +93,7 @@ KINDS: dict[str, int] = {
     "cut connection": 8,
     "terminate backends": 4,
     "restart postgres": 4,
-    "lose commits": 2,
+    "lose commits": 4,
     "lossy network": 5,
     "slow postgres": 6,
     "lock table": 5,
@@ -104,17 +105,17 @@ KINDS: dict[str, int] = {
     "cut from the coordinator": 3,
     "rebalance": 6,
     "consume raises": 5,
-    "fatal consumer": 1,
+    "fatal consumer": 3,
     "slow scout": 2,
     "new leader": 2,
     "retention": 2,
     "compaction": 3,
-    "topic made again": 1,
+    "topic made again": 2,
     "new partition": 2,
     "pause and resume": 3,
     "drain and resume": 3,
     "command and stop": 2,
-    "seek": 3,
+    "seek": 5,
     "status": 1,
 }
 
@@ -122,7 +123,7 @@ KINDS: dict[str, int] = {
 def draw(seed: int) -> Plan:
     """Everything that the seed decides beforehand."""
     dice = random.Random(f"{seed}/plan")
-    seconds = dice.choice((6.0, 8.0, 12.0))
+    seconds = dice.choice((8.0, 10.0, 12.0))
     pipelines = dice.choice((1, 1, 2))
     partitions = dice.choice((1, 2, 2, 3, 4))
     batch_bytes = dice.choice((600, 1500, 4000))
@@ -174,6 +175,7 @@ def _waves(dice: random.Random, topics: list[str], partitions: int, seconds: flo
                 dead_ratio=dice.choice((0.02, 0.02, 0.02, 0.3)),
                 transaction_seconds=dice.uniform(0.05, 1.0) if transactional else 0.0,
                 aborted=transactional and dice.random() < 0.4,
+                new_leader=dice.random() < 0.15,
             )
         )
     return tuple(sorted(waves, key=lambda wave: wave.at))
