@@ -8,4 +8,5 @@ pytest_plugins = [
     "fixtures.daemon",
     "fixtures.operations",
     "fixtures.stage",
+    "fixtures.group",
 ]
