@@ -1,7 +1,7 @@
 """What an operator can ask of the running daemon (supervisor process, pure): pause, resume, drain, seek, status.
 
-(`stop` is a `StopRequested`, like a signal.) A command is answered once, at once or when it is done. An answer is a JSON-able mapping with ``ok``, and ``error``
-where it is false.
+A command is answered once, at once or when it is done. An answer is a JSON-able mapping with ``ok``, and ``error``
+where it is false. (`stop` is no command here but a `StopRequested`, like a signal.)
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Commands:
         name = command.arguments.get("pipeline")
         if name is None:
             return list(self._state.pipelines.values())
-        if name not in self._state.pipelines:
+        if not isinstance(name, str) or name not in self._state.pipelines:
             raise Refused(f"there is no pipeline {name!r}; there are {', '.join(sorted(self._state.pipelines))}")
         return [self._state.pipelines[name]]
 

@@ -196,7 +196,6 @@ class Flow:
         counters.rows += report.rows
         counters.filtered += report.filtered
         counters.dead_lettered += report.dead_lettered
-        counters.retries += report.retries
         messages = report.rows + report.filtered + report.dead_lettered
         if not messages:
             return  # nothing but positions moved, or everything was fenced: no flush that tells of the sink's speed
@@ -268,11 +267,10 @@ class Flow:
         if record is None:
             return
         pipeline = self._state.pipelines[record.pipeline]
-        if report.kind is BlockKind.CONTENDED:
-            pipeline.counters.retries += 1  # counted, and told apart from slowness: no brake
-        elif report.kind is BlockKind.OVERLOADED:
+        pipeline.counters.retries += 1  # as they happen: the report of a flush names the same ones once more
+        if report.kind is BlockKind.OVERLOADED:
             self.handle_overload(pipeline, StreamingOverloadException(report.reason, report.retry_seconds))
-        else:
+        elif report.kind is not BlockKind.CONTENDED:  # which is counted, and told apart from slowness: no brake
             self._block(pipeline, report)
 
     def _block(self, pipeline: Pipeline, report: FlushBlocked) -> None:
