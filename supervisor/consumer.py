@@ -52,6 +52,10 @@ FETCH_QUEUE_BACKOFF_MS = 10
 FETCH_SHARE = 32
 SMALLEST_FETCH_BYTES = 256 * 1024
 
+# librdkafka takes no larger queued.max.messages.kbytes; the other limits that derive from the prefetch stay within their
+# ranges below it. So from a budget of 8 GB on the prefetch takes 2 GB, whatever its share.
+PREFETCH_LIMIT_BYTES = 2_097_151 * 1024
+
 # librdkafka counts payload, and takes some 300 bytes a message on top. So the prefetch is bounded in messages too,
 # or one of many small messages would take ten times its bytes.
 PREFETCHED_MESSAGE_BYTES = 256
@@ -65,7 +69,9 @@ _PROBLEMS = {
 
 @dataclass(frozen=True)
 class FetchLimits:
-    """What one group's consumer may hold. ``prefetch_bytes`` counts what librdkafka fetches ahead."""
+    """What one group's consumer may hold: ``prefetch_bytes`` are what librdkafka fetches ahead, ``batch_rows`` bounds
+    what one call returns, and ``batch_bytes`` one slice.
+    """
 
     prefetch_bytes: int
     batch_rows: int
@@ -73,10 +79,11 @@ class FetchLimits:
 
     def properties(self) -> dict[str, Any]:
         """The librdkafka properties that keep the limit."""
-        response_bytes = max(SMALLEST_FETCH_BYTES, self.prefetch_bytes // FETCH_SHARE)
+        prefetch_bytes = min(self.prefetch_bytes, PREFETCH_LIMIT_BYTES)
+        response_bytes = max(SMALLEST_FETCH_BYTES, prefetch_bytes // FETCH_SHARE)
         return {
-            "queued.max.messages.kbytes": max(1024, self.prefetch_bytes // 1024),
-            "queued.min.messages": max(1, self.prefetch_bytes // PREFETCHED_MESSAGE_BYTES),
+            "queued.max.messages.kbytes": max(1024, prefetch_bytes // 1024),
+            "queued.min.messages": max(1, prefetch_bytes // PREFETCHED_MESSAGE_BYTES),
             "fetch.max.bytes": response_bytes,
             "message.max.bytes": response_bytes,  # the least that fetch.max.bytes may be; a larger message comes alone
             "max.partition.fetch.bytes": response_bytes,

@@ -33,6 +33,7 @@ _OWNED: dict[str, tuple[Optional[str], str]] = {
     "fetch.max.bytes": (None, _BUDGET),
     "max.partition.fetch.bytes": (None, _BUDGET),
     "fetch.message.max.bytes": (None, _BUDGET),
+    "message.max.bytes": (None, _BUDGET),
     "fetch.queue.backoff.ms": (None, _BUDGET),
     "default.topic.config": (None, "topic properties stand in [kafka] directly"),
     "enabled_events": (None, "events would take the place of the callbacks that speedlayer lives by"),
@@ -190,7 +191,10 @@ def check_with_librdkafka(properties: Mapping[str, Any]) -> None:
 
 
 def for_admin(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the properties without those of a consumer, each of which an admin client would warn about."""
+    """Return the properties without those of a reading consumer, each of which an admin client would warn about.
+
+    ``test.mock`` is one of them: it would give the client a mock cluster of its own.
+    """
     return {name: value for name, value in properties.items() if not name.startswith(_CONSUMER_ONLY)}
 
 
@@ -205,6 +209,7 @@ _CONSUMER_ONLY = (
     "check.crcs",
     "coordinator.query",
     "allow.auto.create",
+    "test.mock",
 )
 
 _ADDRESSES = ("bootstrap.servers", "metadata.broker.list")

@@ -37,6 +37,7 @@ def test_without_a_word_about_the_start_it_is_the_earliest_message() -> None:
         ("auto.commit.interval.ms", 5000, "in the transaction that writes the rows"),
         ("queued.max.messages.kbytes", 1, "budget_mb"),
         ("fetch.max.bytes", 1, "budget_mb"),
+        ("message.max.bytes", 1_000_000, "budget_mb"),
         ("enabled_events", 16, "callbacks"),
         ("error_cb", print, "callback"),
         ("default.topic.config", {"auto.offset.reset": "latest"}, r"\[kafka\] directly"),
