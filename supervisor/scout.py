@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout  # the built-in one only since Python 3.11
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Optional, Union
@@ -26,6 +27,7 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
+from speedlayer.supervisor import kafka_properties
 from speedlayer.supervisor.consumer import COMMIT_METADATA
 from speedlayer.supervisor.core import events as e
 from speedlayer.supervisor.core.actions import Inspect
@@ -41,25 +43,6 @@ SURVEY_INTERVAL_SECONDS = 2.0
 
 # librdkafka's embedded mock cluster can not tell topic ids: it has no controller to ask.
 _MOCK_CLUSTER = "mockCluster"
-
-# Properties that only a consumer has; an admin client would warn about each.
-_CONSUMER_ONLY = (
-    "group.",
-    "session.timeout",
-    "heartbeat.interval",
-    "max.poll.interval",
-    "partition.assignment",
-    "isolation.level",
-    "fetch.",
-    "check.crcs",
-    "queued.",
-    "auto.",
-    "enable.auto",
-    "enable.partition",
-    "coordinator.query",
-    "test.mock",
-    "max.partition.fetch",
-)
 
 
 @dataclass(frozen=True)
@@ -84,10 +67,9 @@ class Scout:
     """Asks the broker, and puts the answers into ``inbox``."""
 
     def __init__(self, kafka: Mapping[str, Any], inbox: SimpleQueue[Answer]) -> None:
-        properties = {name: value for name, value in kafka.items() if not name.startswith(_CONSUMER_ONLY)}
-        self._kafka = kafka
+        self._properties = kafka_properties.for_admin(kafka)
         self._readers: dict[str, Consumer] = {}  # one for each group, never subscribed
-        self._admin = AdminClient(properties, logger=logging.getLogger("speedlayer.librdkafka"))
+        self._admin = AdminClient(self._properties, logger=logging.getLogger("speedlayer.librdkafka"))
         committed = kafka.get("isolation.level", "read_committed") == "read_committed"
         self._isolation = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
         self._inbox = inbox
@@ -253,8 +235,7 @@ class Scout:
         loading or has moved (librdkafka issue 5040).
         """
         if group not in self._readers:
-            known = {name: value for name, value in self._kafka.items() if not name.startswith(_CONSUMER_ONLY)}
-            properties = {**known, "group.id": group, "enable.auto.commit": False}
+            properties = {**self._properties, "group.id": group, "enable.auto.commit": False}
             self._readers[group] = Consumer(properties, logger=logging.getLogger("speedlayer.librdkafka"))
         return self._readers[group]
 
@@ -274,5 +255,5 @@ def _answer(future: Future[Any]) -> Any:
     # The request is bounded by librdkafka; the second bound is for the case that librdkafka forgets it.
     try:
         return future.result(timeout=QUESTION_TIMEOUT_SECONDS * 2)
-    except TimeoutError as error:
+    except FutureTimeout as error:
         raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "no answer")) from error
