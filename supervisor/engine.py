@@ -184,7 +184,7 @@ class SimpleStreamingEngine:
             raise InvalidSetting(f"pipeline {shown(pipeline.name)}: {error.key}", error.problem) from error
 
     def run(self) -> None:
-        """Run the daemon in this process until a signal or `speedlayer drain` ends it.
+        """Run the daemon in this process until a signal ends it.
 
         Returns when it stopped in good order; otherwise the process exits with a code of docs/exit-codes.md.
         """

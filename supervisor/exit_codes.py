@@ -23,7 +23,7 @@ class ExitCode(enum.IntEnum):
         member.meaning = meaning
         return member
 
-    OK = 0, "The command did what it was asked. A daemon was stopped by a signal or `drain`; nothing was lost."
+    OK = 0, "The command did what it was asked. A daemon was stopped by a signal; nothing was lost."
     FAILED = 1, "The command ran and did not succeed; the message says why."
     USAGE = 2, "The command line is wrong: unknown command, option or argument. `--help` shows what is possible."
     CONFIGURATION = 3, "A setting is wrong or missing; the message names the file and the key. Nothing was started."

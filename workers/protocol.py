@@ -11,16 +11,12 @@ half-way through a write can not leave half a report behind.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
 from typing import Union
 
 import msgspec
 
 # PIPE_BUF is 4,096 bytes on Linux; the connection adds a 4-byte length, the rest is slack.
 REPORT_LIMIT_BYTES = 4000
-
-# Texts inside a report (reasons, remedies) are cut to this many characters, so that a report keeps its limit.
-TEXT_LIMIT = 600
 
 
 class LaneKey(msgspec.Struct, frozen=True, order=True, array_like=True):
@@ -281,13 +277,3 @@ def encode_report(report: Report) -> bytes:
 def decode_report(frame: bytes) -> Report:
     """Decode a report; raises `msgspec.DecodeError` on bytes that are none."""
     return _report_decoder.decode(frame)
-
-
-def shorten(text: str, limit: int = TEXT_LIMIT) -> str:
-    """Cut a text so that a report which carries it keeps its limit."""
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def size_of_parts(parts: Sequence[Part]) -> int:
-    """Bytes of payload (keys and values) that the parts carry; what credits and the memory budget count."""
-    return sum(len(chunk.keys) + len(chunk.values) for part in parts for chunk in part.chunks)

@@ -41,7 +41,7 @@ class SinkContext:
 
 
 class SinkSession(abc.ABC):
-    """An open sink in one worker. `write` runs on the worker's main thread, `claim` and `seed` on its claim thread."""
+    """An open sink in one worker. `write` runs on the pipeline's flush thread, the rest on its claim thread."""
 
     @abc.abstractmethod
     def write(self, flight: Flight) -> WriteOutcome:
