@@ -52,8 +52,8 @@ FETCH_QUEUE_BACKOFF_MS = 10
 FETCH_SHARE = 32
 SMALLEST_FETCH_BYTES = 256 * 1024
 
-# librdkafka takes no larger queued.max.messages.kbytes; the other limits that derive from the prefetch stay within their
-# ranges below it. So from a budget of 8 GB on the prefetch takes 2 GB, whatever its share.
+# librdkafka takes no larger queued.max.messages.kbytes; the other limits that derive from the prefetch stay within
+# their ranges below it. So from a budget of 8 GB on the prefetch takes 2 GB, whatever its share.
 PREFETCH_LIMIT_BYTES = 2_097_151 * 1024
 
 # librdkafka counts payload, and takes some 300 bytes a message on top. So the prefetch is bounded in messages too,
@@ -256,7 +256,11 @@ class GroupConsumer:
         """Where librdkafka stands; a partition that has brought nothing yet has no position (-1001)."""
         if not partitions:
             return {}
-        found = self._consumer.position([TopicPartition(x.topic, x.partition) for x in partitions])
+        try:
+            found = self._consumer.position([TopicPartition(x.topic, x.partition) for x in partitions])
+        except KafkaException as error:  # no reason to lose the messages of this call: they say where they end
+            logger.debug("the positions could not be asked for: %s", error)
+            return {}
         return {self._partition(x): x.offset for x in found if x.error is None and x.offset >= 0}
 
     def _moved_positions(self, generations: dict[e.Partition, int]) -> list[e.AnyEvent]:
