@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 BYTES_PER_MB = 1024 * 1024
 
-# The share of the memory budget that batches may take; the rest is for what librdkafka prefetches. A half keeps both
-# sides busy: the workers write one half while the other is read.
+# The part of the memory budget that batches of full size take together. A quarter is librdkafka's to prefetch; what is
+# left lets reading go on while they are written.
 FLIGHT_SHARE = 0.5
 
 # A batch smaller than this costs more for its transaction than for its rows.
@@ -194,7 +194,10 @@ class WorkerSettings(_Checked):
         "forkserver",
     )
     credit_flights: int = integer(
-        2, "How many batches one worker holds at most: one being written, the others waiting in its queue.", 1, 64
+        2,
+        "How many flights of each pipeline one worker holds at most: one being written, the others in its queue.",
+        1,
+        64,
     )
 
 
@@ -374,8 +377,9 @@ class DaemonSettings:
     def batch_bytes_limit(self) -> int:
         """The most bytes that one batch may have under the memory budget.
 
-        Half the budget, divided by all the batches that can exist at once: ``workers.credit_flights`` in the hands of
-        each worker, and one that each pipeline is assembling.
+        Half the budget, divided by ``workers.credit_flights`` in the hands of each worker and one that each pipeline is
+        assembling. With several pipelines there may be more, since the credit is for each; then their shares of the
+        buffer are the bound.
         """
         batches = self.workers.count * self.workers.credit_flights + len(self.pipelines)
         return max(SMALLEST_BATCH_BYTES, int(self.memory.budget_bytes * FLIGHT_SHARE / batches))
