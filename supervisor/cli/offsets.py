@@ -123,7 +123,8 @@ def seek(
         print_json(answer)
         return
     for moved in answer.get("offsets", ()):
-        click.echo(f"{moved['topic']} [{moved['partition']}] goes on at offset {moved['offset']}")
+        but = f", the nearest to {to} that there is" if isinstance(to, int) and moved["offset"] != to else ""
+        click.echo(f"{moved['topic']} [{moved['partition']}] goes on at offset {moved['offset']}{but}")
 
 
 def _confirm(

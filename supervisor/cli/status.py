@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -10,6 +10,7 @@ import click
 
 from speedlayer.supervisor.cli.daemon import ask, daemon_options, example, json_option
 from speedlayer.supervisor.cli.output import NOTHING, amount, duration, print_json, size, table
+from speedlayer.supervisor.errors import Refused
 
 _RIGHT = ("SLOW", "READ/S", "ROWS/S", "LAG", "ROWS", "FILTERED", "DEAD", "LAST FLUSH", "PID", "FLIGHTS", "HOLDS",
           "RESTARTS", "OLDEST", "PARTITION", "NEXT", "END")  # fmt: skip
@@ -82,13 +83,18 @@ def _pipelines(answer: Mapping[str, Any]) -> str:
 
 
 def _reason(pipeline: Mapping[str, Any]) -> str:
-    reason = pipeline.get("reason") or NOTHING
-    remaining = pipeline.get("paused_until_seconds")
-    text = f"{reason} (resumes in {duration(remaining)})" if remaining else reason
-    stopped = sum(lane["state"] == "stopped" for lane in pipeline["lanes"])
+    reasons = []
+    if pipeline.get("reason"):
+        remaining = pipeline.get("paused_until_seconds")
+        reasons.append(f"{pipeline['reason']} (resumes in {duration(remaining)})" if remaining else pipeline["reason"])
+    stopped = _stopped(pipeline["lanes"])
     if stopped:
-        text += f"; {stopped} of {len(pipeline['lanes'])} partitions are stopped: see `speedlayer lag`"
-    return str(text)
+        reasons.append(f"{stopped} of {len(pipeline['lanes'])} partitions are stopped: see `speedlayer lag`")
+    return "; ".join(reasons) or NOTHING
+
+
+def _stopped(lanes: Sequence[Mapping[str, Any]]) -> int:
+    return sum(lane["state"] == "stopped" for lane in lanes)
 
 
 def _workers(answer: Mapping[str, Any]) -> str:
@@ -112,7 +118,7 @@ def lanes_of(answer: Mapping[str, Any], pipeline: Optional[str] = None) -> list[
     """Return the partitions of the pipelines, each with the name of its pipeline."""
     names = [item["name"] for item in answer["pipelines"]]
     if pipeline is not None and pipeline not in names:
-        raise click.UsageError(f"there is no pipeline {pipeline!r}; there are {', '.join(names)}")
+        raise Refused(f"there is no pipeline {pipeline!r}; there are {', '.join(names)}")
     return [
         {"pipeline": item["name"], **lane}
         for item in answer["pipelines"]
@@ -145,4 +151,6 @@ def lag_text(lanes: list[dict[str, Any]]) -> str:
     ]
     if not rows:
         return "no partition is assigned to this daemon"
-    return f"{table(headings, rows, _RIGHT)}\n\n{amount(answer_lag(lanes))} behind in all"
+    stopped = _stopped(lanes)
+    but = f", and {stopped} of {len(lanes)} partitions stopped" if stopped else ""
+    return f"{table(headings, rows, _RIGHT)}\n\n{amount(answer_lag(lanes))} behind in all{but}"

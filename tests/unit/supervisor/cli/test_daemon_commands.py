@@ -91,6 +91,12 @@ def test_status_shows_state_reason_and_rates(daemon: Daemon) -> None:
     assert any(line.split() == ["worker-1", "77", "ready", "2", "2.0", "kB", "500", "ms", "0"] for line in lines)
 
 
+def test_status_of_a_running_pipeline_gives_its_stopped_partitions_as_the_only_reason(daemon: Daemon) -> None:
+    running = {**PIPELINE, "state": "running", "reason": "", "paused_until_seconds": None}
+    daemon.answers["status"] = {**STATUS, "pipelines": [running]}
+    assert "  1 of 2 partitions are stopped: see `speedlayer lag`" in daemon.run("status").output
+
+
 def test_status_shows_what_troubles_the_consumer(daemon: Daemon) -> None:
     daemon.answers["status"] = {**STATUS, "consumer_trouble": {"speed-layer": "all brokers are down"}}
     assert "! group speed-layer: all brokers are down" in daemon.run("status").output
@@ -102,7 +108,7 @@ def test_status_as_json_is_the_answer_itself(daemon: Daemon) -> None:
 
 def test_lag_shows_each_partition_and_the_sum(daemon: Daemon) -> None:
     output = daemon.run("lag").output
-    assert "1,500 behind in all" in output
+    assert "1,500 behind in all, and 1 of 2 partitions stopped" in output
     assert "offsets 5 to 9 are gone" in output
 
 
@@ -112,9 +118,9 @@ def test_lag_as_json_has_the_sum_and_the_partitions(daemon: Daemon) -> None:
     assert [(lane["pipeline"], lane["partition"]) for lane in read["lanes"]] == [("orders", 0), ("orders", 1)]
 
 
-def test_lag_of_an_unknown_pipeline_is_a_usage_error_that_lists_the_known(daemon: Daemon) -> None:
+def test_lag_of_an_unknown_pipeline_is_refused_as_by_the_other_commands_and_lists_the_known(daemon: Daemon) -> None:
     result = daemon.run("lag", "oders")
-    assert result.exit_code == ExitCode.USAGE
+    assert result.exit_code == ExitCode.REFUSED
     assert "there are orders" in result.output
 
 
@@ -172,7 +178,7 @@ def test_offsets_show_has_what_is_written_and_what_is_read(daemon: Daemon) -> No
 def test_seek_goes_to_an_offset_an_end_or_a_time(daemon: Daemon, given: str, sent: Any) -> None:
     daemon.answers["seek"] = {"ok": True, "offsets": [{"topic": "orders", "partition": 3, "offset": 7}]}
     result = daemon.run("offsets", "seek", "orders", "--topic", "orders", "--partition", "3", "--to", given, "--yes")
-    assert result.output == "orders [3] goes on at offset 7\n"
+    assert result.output.startswith("orders [3] goes on at offset 7")
     assert daemon.asked == [("seek", {"pipeline": "orders", "topic": "orders", "partition": 3, "to": sent})]
 
 
@@ -181,6 +187,16 @@ def test_seek_to_nowhere_is_a_usage_error(daemon: Daemon, given: str) -> None:
     result = daemon.run("offsets", "seek", "orders", "--to", given, "--yes")
     assert result.exit_code == ExitCode.USAGE
     assert daemon.asked == []
+
+
+@pytest.mark.parametrize(
+    ("to", "end"), [("7", "at offset 7\n"), ("90", "at offset 7, the nearest to 90 that there is\n")]
+)
+def test_seek_says_where_it_went_instead_of_an_offset_that_the_log_does_not_have(
+    daemon: Daemon, to: str, end: str
+) -> None:
+    daemon.answers["seek"] = {"ok": True, "offsets": [{"topic": "orders", "partition": 3, "offset": 7}]}
+    assert daemon.run("offsets", "seek", "orders", "--to", to, "--yes").output.endswith(end)
 
 
 def test_seek_is_never_done_without_a_yes(daemon: Daemon) -> None:
