@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, Optional
 
@@ -55,6 +56,14 @@ def _import_from(file: Path) -> None:
         sys.path.insert(0, folder)
 
 
+def _line_of(error: BaseException, file: Path) -> str:
+    """Name the line of the file that led to the error."""
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file.resolve())
+    ]
+    return f", line {lines[-1]}" if lines else ""
+
+
 def _find_engine(file: Path, name: Optional[str]) -> SimpleStreamingEngine:
     from speedlayer.workers.transform import load_user_file
 
@@ -62,6 +71,8 @@ def _find_engine(file: Path, name: Optional[str]) -> SimpleStreamingEngine:
         names = vars(load_user_file(file))
     except SpeedlayerError as error:
         raise ConfigurationError(f"{file}: {error}") from error
+    except Exception as error:  # whatever a user's file raises
+        raise ConfigurationError(f"{file}{_line_of(error, file)}: {type(error).__name__}: {error}") from error
     engines = {key: value for key, value in names.items() if isinstance(value, SimpleStreamingEngine)}
     if name is not None:
         if name not in engines:

@@ -58,6 +58,8 @@ def init(
 
         click.echo(schema.print_sql(role, [table] if table else []), nl=False)
         return
+    if file.suffix != ".toml":
+        raise ConfigurationError(f"{file}: its name must end in .toml")
     if file.exists() and not force:
         raise ConfigurationError(f"{file} exists; --force overwrites it")
     text = template(
