@@ -74,3 +74,5 @@ def test_any_other_failure_to_connect_is_waited_out(text: str) -> None:
 
 def test_a_client_side_message_is_one_line() -> None:
     assert message_of(psycopg2.OperationalError("server closed\n\tthe connection\n")) == "server closed the connection"
+    refused = "Connection refused\n\tIs the server running on that host?\n"
+    assert message_of(psycopg2.OperationalError(refused)) == "Connection refused. Is the server running on that host?"

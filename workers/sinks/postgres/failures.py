@@ -8,6 +8,7 @@ language costs a worse reason, not a row.
 from __future__ import annotations
 
 import enum
+import re
 from typing import TYPE_CHECKING, Optional
 
 import psycopg2
@@ -155,7 +156,9 @@ def message_of(error: BaseException) -> str:
     diagnostics = getattr(error, "diag", None)
     primary = getattr(diagnostics, "message_primary", None)
     if primary is None:
-        return " ".join(str(error).split()) or type(error).__name__
+        # libpq sets a second sentence on a line of its own, without a full stop before it.
+        sentences = re.sub(r"(?<=\w)\s*\n\s*(?=[A-Z])", ". ", str(error).strip())
+        return " ".join(sentences.split()) or type(error).__name__
     detail = getattr(diagnostics, "message_detail", None)
     return " ".join((f"{primary} ({detail})" if detail else primary).split())
 
