@@ -87,7 +87,7 @@ class Report:
             lines += ["NOT GOOD:", *(f"  - {problem}" for problem in self.problems)]
         else:
             brake = ", and the brake tripped and let go by itself" if self.needs_brake else ""
-            lines.append(f"GOOD: nothing was lost, nothing was written twice{brake}.")
+            lines.append(f"GOOD: nothing was lost or written twice{brake}.")
         return "\n".join(lines)
 
     def _phase_lines(self) -> list[str]:

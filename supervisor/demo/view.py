@@ -226,8 +226,9 @@ class LiveView:
 
 
 def _phase_text(phase: Phase) -> str:
-    text = f"{phase.rate:,.0f} messages/s"
-    return text if phase.capacity is None else f"{text}, database at {phase.capacity:,.0f} rows/s"
+    if phase.capacity is None:
+        return f"{phase.rate:,.0f} messages/s"
+    return f"{phase.rate:,.0f}/s, database at {phase.capacity:,.0f}/s"  # fits in 80 columns
 
 
 def _strikes(sample: Sample) -> RenderableType:
