@@ -49,7 +49,7 @@ class Setting:
         if value is None:
             return None if self.optional else f"needs a value ({self.range})"
         if not self._has_right_type(value):
-            return f"{shown(value)} is not {self.range}"
+            return "is empty" if value == "" else f"{shown(value)} is not {self.range}"
         if self.choices and value not in self.choices:
             return f"{shown(value)} is not one of {', '.join(self.choices)}"
         if isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -69,8 +69,8 @@ def test_a_wrong_value_is_refused_by_name(values: dict[str, Any], key: str, prob
         ({"topics": ("a", "b", "a")}, "a is named twice"),
         ({"topics": "orders"}, "not a list of texts"),
         ({"name": "new\nline"}, "printable"),
-        ({"name": ""}, "not a text"),
-        ({"group_id": ""}, "not a text"),
+        ({"name": ""}, "is empty"),
+        ({"group_id": ""}, "is empty"),
         ({"dead_letter_ratio": 1.5}, "out of range"),
     ],
 )

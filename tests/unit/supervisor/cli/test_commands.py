@@ -145,6 +145,27 @@ def test_running_a_file_that_is_not_there_is_a_configuration_error(tmp_path: Pat
     assert "no such file" in result.output
 
 
+def test_init_writes_only_what_run_will_take(tmp_path: Path) -> None:
+    result = invoke("init", str(tmp_path / "speedlayer.yaml"))
+    assert result.exit_code == ExitCode.CONFIGURATION
+    assert "must end in .toml" in result.output
+
+
+def test_an_error_in_a_python_file_is_told_with_its_line_and_not_as_a_traceback(tmp_path: Path) -> None:
+    file = tmp_path / "orders.py"
+    file.write_text("\nimport no_such_module\n")
+    result = invoke("run", str(file))
+    assert result.exit_code == ExitCode.CONFIGURATION
+    assert f"{file}, line 2: ModuleNotFoundError: No module named 'no_such_module'" in result.output
+
+
+def test_an_empty_setting_is_called_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPEEDLAYER_DSN", "")
+    file = tmp_path / "speedlayer.toml"
+    assert invoke("init", str(file)).exit_code == ExitCode.OK
+    assert "postgres.dsn: is empty" in invoke("run", str(file)).output
+
+
 def test_checking_a_wrong_file_fails_the_check_and_names_the_key(tmp_path: Path) -> None:
     file = tmp_path / "speedlayer.toml"
     file.write_text("[worker]\ncount = 1\n")
