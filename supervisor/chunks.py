@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from confluent_kafka import Message
 
 
+# Of each message: its offset, its timestamp, two lengths.
+NUMBERS_BYTES = 24
+
+# What stands for headers that confluent_kafka can not give us.
+UNREADABLE_HEADERS = [("headers with a name that is not UTF-8, which were not read", None)]
+
+
 class Run(NamedTuple):
     """Messages of one partition, in order, as one chunk. ``size_bytes`` is what the memory budget counts,
     ``largest_bytes`` the largest message in it.
@@ -38,32 +45,48 @@ def runs(messages: Sequence[Message], separator: bytes, limit_bytes: int) -> Ite
         for topic, piece in groupby(run, key=type(messages[0]).topic):
             by_partition.setdefault((topic, number), []).extend(piece)
     for group in by_partition.values():
-        for cut in _cut(group, limit_bytes):
-            yield _pack(cut, separator)
+        headers = _headers_of(group)
+        header_sizes = list(map(_size_of_headers, headers)) if any(headers) else [0] * len(group)
+        for begin, end in _cuts(group, header_sizes, limit_bytes):
+            yield _pack(group[begin:end], headers[begin:end], header_sizes[begin:end], separator)
 
 
-def _cut(messages: list[Message], limit_bytes: int) -> Iterator[list[Message]]:
-    sizes = [len(message.value() or b"") + len(message.key() or b"") for message in messages]
-    if sum(sizes) <= limit_bytes:
-        yield messages
-        return
+def _cuts(messages: list[Message], header_sizes: list[int], limit_bytes: int) -> Iterator[tuple[int, int]]:
+    sizes = [
+        len(message.value() or b"") + len(message.key() or b"") + headers
+        for message, headers in zip(messages, header_sizes, strict=True)
+    ]
     begin = total = 0
-    for index, size in enumerate(sizes):
-        if total and total + size > limit_bytes:
-            yield messages[begin:index]
-            begin, total = index, 0
-        total += size
-    yield messages[begin:]
+    if sum(sizes) > limit_bytes:
+        for index, size in enumerate(sizes):
+            if total and total + size > limit_bytes:
+                yield begin, index
+                begin, total = index, 0
+            total += size
+    yield begin, len(messages)
 
 
-def _pack(messages: list[Message], separator: bytes) -> Run:
+def _headers_of(messages: list[Message]) -> list[Any]:
+    """The headers of each message. One whose headers can not be read is never asked for them again: confluent_kafka
+    would answer with a broken list, which crashes the process.
+    """
+    found: list[Any] = []
+    asked = map(type(messages[0]).headers, messages)
+    while len(found) < len(messages):
+        try:
+            found.extend(asked)
+        except (SystemError, UnicodeDecodeError):  # Kafka says UTF-8, and not every client keeps to it
+            found.append(UNREADABLE_HEADERS)
+    return found
+
+
+def _pack(messages: list[Message], headers: list[Any], header_sizes: list[int], separator: bytes) -> Run:
     kind = type(messages[0])
     first, last = messages[0], messages[-1]
     offsets = array("q", map(kind.offset, messages))  # type: ignore[type-var]  # none without an offset
     timestamps = array("q", [stamp[1] for stamp in map(kind.timestamp, messages)])
     keys, key_lengths = _column(list(map(kind.key, messages)))
     values, value_lengths = _column(list(map(kind.value, messages)))
-    headers = list(map(kind.headers, messages))
     joined_keys, joined_values = b"".join(keys), separator.join(values)
     epoch = last.leader_epoch()
     chunk = Chunk(
@@ -82,8 +105,8 @@ def _pack(messages: list[Message], separator: bytes) -> Run:
         first.offset() or 0,
         last.offset() or 0,
         -1 if epoch is None else epoch,
-        _size(chunk),
-        max(value_lengths) + max(key_lengths),
+        len(joined_keys) + len(joined_values) + sum(header_sizes) + NUMBERS_BYTES * len(messages),
+        max(value_lengths) + max(key_lengths) + max(header_sizes),
         chunk,
     )
 
@@ -100,6 +123,5 @@ def _headers(found: Any) -> list[tuple[str, Optional[bytes]]]:
     return [(name, value) for name, value in found]
 
 
-def _size(chunk: Chunk) -> int:
-    headers = sum(len(name) + len(value or b"") for found in chunk.headers.values() for name, value in found)
-    return len(chunk.keys) + len(chunk.values) + headers + 24 * chunk.count  # 24: offsets, timestamps, two lengths
+def _size_of_headers(found: Any) -> int:
+    return sum(len(name) + len(value or b"") for name, value in found) if found else 0

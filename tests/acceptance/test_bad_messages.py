@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 from fixtures.compare import assert_table_equals
 from fixtures.daemon import Daemon, pipeline_toml
@@ -110,3 +112,41 @@ def test_a_stream_of_bad_messages_stops_the_pipeline_instead_of_draining_the_top
         ),
         "it goes on and stops again",
     )
+
+
+def test_a_header_whose_name_is_not_utf8_holds_nothing_up(
+    kafka: Broker, postgres_dsn: str, start_daemon: Callable[..., Daemon]
+) -> None:
+    execute(postgres_dsn, "CREATE TABLE events (number int)")
+    topic = kafka.create_topic(partitions=1)
+    produce_with_header(kafka, topic, b"caf\xe9", b'{"number": 1}')
+    produce_with_header(kafka, topic, b"caf\xe9", b"not JSON")
+    kafka.produce(topic, [Message(b'{"number": 2}', headers=[("name", b"value")])])
+    source = pipeline_toml(
+        bootstrap_servers=kafka.bootstrap_servers, group_id=topic, dsn=postgres_dsn, topic=topic, table="events"
+    )
+    daemon = start_daemon(source)
+    daemon.wait_until_caught_up({0: 3}, topic)
+    assert query(postgres_dsn, "SELECT number FROM events ORDER BY number") == [(1,), (2,)]
+    ((value, headers),) = query(postgres_dsn, "SELECT value, headers FROM speedlayer.dead_letters")
+    assert bytes(value) == b"not JSON"
+    assert "not UTF-8" in headers[0][0], "it says that there were headers"
+
+
+def produce_with_header(broker: Broker, topic: str, name: bytes, value: bytes) -> None:
+    """Produce as a client in another language may: confluent_kafka takes header names in UTF-8 alone."""
+    (library,) = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "librdkafka" in line}
+    rdkafka = ctypes.CDLL(library)
+    rdkafka.rd_kafka_conf_new.restype = rdkafka.rd_kafka_new.restype = ctypes.c_void_p
+    error = ctypes.create_string_buffer(512)
+    conf = ctypes.c_void_p(rdkafka.rd_kafka_conf_new())
+    servers = broker.bootstrap_servers.encode()
+    assert rdkafka.rd_kafka_conf_set(conf, b"bootstrap.servers", servers, error, len(error)) == 0, error.value
+    producer = ctypes.c_void_p(rdkafka.rd_kafka_new(0, conf, error, len(error)))
+    assert producer.value, error.value
+    # Pairs of a tag (rd_kafka_vtype_t) and its arguments: topic, flags (copy the value), value, header, end.
+    arguments = [1, ctypes.c_char_p(topic.encode()), 7, 2, 4, ctypes.c_char_p(value), ctypes.c_size_t(len(value))]
+    arguments += [9, ctypes.c_char_p(name), ctypes.c_char_p(b"x"), ctypes.c_ssize_t(1), 0]
+    assert rdkafka.rd_kafka_producev(producer, *arguments) == 0
+    assert rdkafka.rd_kafka_flush(producer, 30_000) == 0
+    rdkafka.rd_kafka_destroy(producer)
