@@ -63,9 +63,9 @@ class Transform:
                         break
                 elif not function(record):
                     return None
-        except (StreamingOverloadException, MemoryError):
-            raise  # neither is the record's fault: the batch is kept
-        except (Exception, SystemExit) as error:
+        except (StreamingOverloadException, MemoryError, KeyboardInterrupt):
+            raise  # none is the record's fault: the batch is kept
+        except BaseException as error:  # SystemExit, asyncio's CancelledError: the batch must not fail for ever
             raise TransformError(f"{self.steps[position].name}: {_said(error)}") from error
         if record is None:
             raise TransformError(f"{self.steps[position].name}: returned None instead of a record")

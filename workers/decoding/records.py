@@ -199,15 +199,16 @@ def apply_transform(records: Records, transform: Callable[[Any], Any]) -> Record
     for ordinal, row in zip(records.ordinals, records.rows, strict=True):
         try:
             result = transform(row)
-        except (StreamingOverloadException, MemoryError):
-            raise  # neither is the record's fault: the batch is kept
-        except (Exception, SystemExit) as error:
+        except (StreamingOverloadException, MemoryError, KeyboardInterrupt):
+            raise  # none is the record's fault: the batch is kept
+        except BaseException as error:  # SystemExit, asyncio's CancelledError: the batch must not fail for ever
             dead.append(DeadRecord(ordinal, shorten_reason(reason_of(error))))
             continue
         if result is None:
             filtered.append(ordinal)
         elif isinstance(result, dict):
-            rows.append(result)
+            # A map may fill one dict of its own again and again: what it holds now is this record.
+            rows.append(result if result is row else dict(result))
             ordinals.append(ordinal)
         else:
             dead.append(DeadRecord(ordinal, f"the transform returned no dict but a {type(result).__name__}"))

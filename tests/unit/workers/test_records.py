@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -121,6 +123,27 @@ def test_a_transform_that_returns_no_dict_makes_dead_letters(result: object) -> 
     changed = apply_transform(records(), lambda record: result)
     assert not changed.rows
     assert changed.dead[0].reason == f"the transform returned no dict but a {type(result).__name__}"
+
+
+def test_a_cancellation_is_the_fault_of_its_record() -> None:
+    def cancel(record: dict[str, int]) -> dict[str, int]:
+        if record["a"] == 3:
+            raise asyncio.CancelledError
+        return record
+
+    result = apply_transform(records(), cancel)
+    assert "CancelledError" in [record.reason for record in result.dead][1]
+    assert 3 not in [row["a"] for row in result.rows]
+
+
+def test_a_map_that_fills_one_dict_again_and_again_makes_a_row_of_each_record() -> None:
+    state: dict[str, int] = {}
+
+    def remember(record: dict[str, int]) -> dict[str, int]:
+        state.update(record)
+        return state
+
+    assert apply_transform(records(), remember).rows == records().rows
 
 
 def test_a_transform_may_not_stop_the_worker_by_an_exception_but_may_be_interrupted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -74,6 +75,14 @@ def test_an_interrupt_is_no_records_fault() -> None:
 def test_a_step_that_exits_fails_for_its_record_and_does_not_stop_the_worker() -> None:
     with pytest.raises(TransformError, match="SystemExit: 3"):
         Transform([Step("map", lambda record: sys.exit(3))])({})
+
+
+def test_a_cancelled_step_fails_for_its_record_and_does_not_hold_up_its_batch_for_ever() -> None:
+    def cancel(record: Any) -> Any:
+        raise asyncio.CancelledError  # no Exception
+
+    with pytest.raises(TransformError, match="CancelledError"):
+        Transform([Step("map", cancel)])({})
 
 
 def test_an_overload_that_a_step_raises_is_no_records_fault() -> None:
