@@ -28,5 +28,13 @@ def why_silent(state: State, pipeline: Pipeline) -> str:
     if all(lane.high_watermark is not None and lane.high_watermark == lane.low_watermark for lane in lanes):
         return "the topic is empty"
     if all(lane.high_watermark is not None and lane.expected >= lane.high_watermark for lane in lanes):
-        return "the end of the topic is reached; everything is written"
+        return f"the end of the topic is reached; {_what_is_written(state, pipeline)}"
     return "the broker sends nothing, although there is something to read"
+
+
+def _what_is_written(state: State, pipeline: Pipeline) -> str:
+    if all(lane.flushed >= lane.expected for lane in state.ledger.of_pipeline(pipeline.name)):
+        return "everything is written"
+    flights = state.workforce.flights_of(pipeline.name)
+    longest = max((state.now - flight.dispatched_at for flight in flights), default=0.0)
+    return f"what was read is still being written, for {longest:.0f} s now"
