@@ -105,14 +105,15 @@ class PostgreSQLSink(Sink):
         return PostgreSQLSession(self, context)
 
 
-# Lowest and highest value, and whether it is a whole number. The highest are there to catch a wrong unit.
+# Lowest and highest value, and whether it is a whole number. The highest are there to catch a wrong unit. Those of the
+# three strikes are the ranges of `[brake]`, which has the last word.
 _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "batch_size": (1, 1_000_000, True),
     "batch_bytes": (1024, 1 << 30, True),
     "flush_interval_seconds": (0.001, 3600, False),
     "slow_flush_threshold": (0.001, 3600, False),
-    "max_slow_flushes": (1, 1_000_000, True),
-    "pause_seconds": (0, 86400, False),
+    "max_slow_flushes": (1, 1000, True),
+    "pause_seconds": (0.1, 3600, False),
     "lock_timeout_seconds": (0.001, 86_400, False),
     "connect_timeout_seconds": (1, 3600, False),
 }
