@@ -35,6 +35,7 @@ def test_rows_equal_the_log_although_workers_and_supervisor_are_killed_in_the_mi
             killer.supervisor_at_checkpoint()
             killer.worker_at_commit(Fate.SILENT)
             killer.worker_in_flush()
+        killer.supervisor_leaving_a_ghost()
         killer.worker_while_it_boots()
         killer.worker_at_commit(Fate.DROPPED)
         killer.everything_in_flush()

@@ -44,11 +44,12 @@ def test_each_key_ends_with_its_last_record_through_crashes(start_stage: Callabl
         killer.worker_at_commit(Fate.DELIVERED)
         killer.worker_in_flush()
         killer.supervisor_at_commit(Fate.DROPPED)
+        killer.supervisor_leaving_a_ghost()
         killer.worker_at_checkpoint()
         killer.everything_in_flush()
         stage.wait_until_rows_flow()
     assert killer.count("worker") >= 6
-    assert killer.count("supervisor") >= 3
-    assert killer.with_open_flush >= 9
+    assert killer.count("supervisor") >= 4
+    assert killer.with_open_flush >= 10
     assert killer.between_rows_and_commit >= 5
     assert_last_of_each_key(stage, stage.wait_until_written())
