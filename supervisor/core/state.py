@@ -114,7 +114,8 @@ class State:
     def fetch(self, lane: Lane) -> None:
         """Read a lane that is held, in a generation of its own."""
         lane.move(LaneState.FETCHING, self.now)
-        lane.generation += 1
+        # Never given before: a partition that comes back must not take what was read before it went.
+        lane.generation = self.number()
         self.act(Resume(lane.partition, lane.expected, lane.leader_epoch, lane.generation))
 
     def hold(self, lane: Lane, reason: str) -> None:
