@@ -120,7 +120,8 @@ class Scout:
                 cluster = str(self._admin.list_topics(timeout=QUESTION_TIMEOUT_SECONDS).cluster_id)
             except KafkaException as error:
                 found = error.args[0]
-                self._inbox.put(e.ConsumerTrouble(time.monotonic(), "", found.name(), f"no broker: {found.str()}"))
+                message = f"no broker answers at {self._brokers}: {found.str()}"
+                self._inbox.put(e.ConsumerTrouble(time.monotonic(), "", found.name(), message))
             else:
                 self._cluster = cluster
                 self._inbox.put(ClusterFound(cluster))

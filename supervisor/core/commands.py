@@ -128,6 +128,10 @@ class Commands:
         if any(Hold.DRAINING not in pipeline.holds for pipeline in pipelines):
             return {"ok": False, "error": "resumed before it was drained"}
         if all(self._flow.is_drained(pipeline) for pipeline in pipelines):
+            for pipeline in pipelines:
+                reason = "drained: everything that was read is written; speedlayer resume goes on"
+                pipeline.hold(Hold.DRAINING, reason)
+                self._state.log(INFO, f"pipeline {pipeline.name} is drained", pipeline=pipeline.name)
             return {"ok": True, "pipelines": list(waiting.pipelines)}
         return None
 

@@ -158,7 +158,9 @@ class Core:
     def _claim_delayed(self, report: p.ClaimDelayed) -> None:
         lane = self._state.ledger.get(e.Partition(report.lane.group, report.lane.topic, report.lane.partition))
         if lane is not None and lane.claim_id == report.claim_id:
-            if lane.reason != report.reason:
+            # One line for all partitions that wait for the same thing: a database that is away, say.
+            others = self._state.ledger.of_pipeline(lane.key.pipeline)
+            if not any(other.claim_delay == report.reason for other in others):
                 self._state.log(
                     WARNING, f"the claim of {lane.partition} waits: {report.reason}", **self._state.fields_of(lane)
                 )
