@@ -67,6 +67,7 @@ class Scout:
     """Asks the broker, and puts the answers into ``inbox``."""
 
     def __init__(self, kafka: Mapping[str, Any], inbox: SimpleQueue[Answer]) -> None:
+        self._brokers = kafka.get("bootstrap.servers") or kafka.get("metadata.broker.list")
         self._properties = kafka_properties.for_admin(kafka)
         self._readers: dict[str, Consumer] = {}  # one for each group, never subscribed
         self._admin = AdminClient(self._properties, logger=logging.getLogger("speedlayer.librdkafka"))
