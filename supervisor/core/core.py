@@ -93,6 +93,8 @@ class Core:
         state = self._state
         if isinstance(event, e.Polled):
             self._flow.polled(event)
+            if event.slices:
+                self._heard_of_kafka(event.group)
         elif isinstance(event, e.Reported):
             self._reported(event)
         elif isinstance(event, e.PositionMoved):
@@ -121,6 +123,8 @@ class Core:
                 lane = self._state.ledger.get(partition)
                 if lane is not None:
                     lane.low_watermark, lane.high_watermark = low, high
+            for group in sorted({"", *(partition.group for partition in event.marks)}):
+                self._heard_of_kafka(group)
         elif isinstance(event, e.TopicIds):
             self._topic_ids(event)
         elif isinstance(event, e.FetchFailed):
@@ -238,12 +242,15 @@ class Core:
 
     def _consumer_trouble(self, event: e.ConsumerTrouble) -> None:
         state = self._state
-        known = state.trouble.get(event.group)
-        state.trouble[event.group] = (state.now, event.code, event.message)
-        if known is None or known[1] != event.code or state.now - known[0] > SILENCE_SECONDS:
+        if state.trouble.note(event.group, event.code, event.message, state.now):
             state.log(WARNING, f"Kafka: {event.message}; reading goes on when it is over", code=event.code)
         if event.fatal:
             self._broken_groups[event.group] = event.message
+
+    def _heard_of_kafka(self, group: str) -> None:
+        over = self._state.trouble.heard_of(group, self._state.now)
+        if over is not None:
+            self._state.log(INFO, f"Kafka answers again; it is over: {over}", group=group)
 
     def _rebuild_consumers(self) -> None:
         """Replace consumers that will never work again, after the last event that still comes from them: partitions
@@ -252,6 +259,7 @@ class Core:
         for group, reason in self._broken_groups.items():
             lanes = self._state.ledger.of_group(group)
             self._claims.revoked(tuple(lane.partition for lane in lanes), lost=True)
+            self._state.trouble.forget(group)
             self._state.act(RebuildConsumer(group, reason))
         self._broken_groups.clear()
 

@@ -11,11 +11,11 @@ def why_silent(state: State, pipeline: Pipeline) -> str:
     """Explain the silence of one pipeline, the nearest cause first."""
     lanes = state.ledger.of_pipeline(pipeline.name)
     name, reason = pipeline.state()
-    trouble = state.trouble.get(pipeline.config.group)
+    trouble = state.trouble.of(pipeline.config.group)
     if pipeline.holds:
         return f"it is held ({name}): {reason}"
     if not lanes:
-        known = f"; Kafka says: {trouble[2]}" if trouble else ""
+        known = f"; Kafka says: {trouble}" if trouble else ""
         return f"no partition of {', '.join(pipeline.config.topics)} is assigned to this daemon{known}"
     stopped = [lane for lane in lanes if lane.state is LaneState.STOPPED]
     if len(stopped) == len(lanes):
@@ -24,7 +24,7 @@ def why_silent(state: State, pipeline: Pipeline) -> str:
     if waiting:
         return f"{waiting[0].partition} is {waiting[0].state.value}: {waiting[0].reason}"
     if trouble:
-        return f"Kafka says: {trouble[2]}"
+        return f"Kafka says: {trouble}"
     if all(lane.high_watermark is not None and lane.high_watermark == lane.low_watermark for lane in lanes):
         return "the topic is empty"
     if all(lane.high_watermark is not None and lane.expected >= lane.high_watermark for lane in lanes):

@@ -20,7 +20,7 @@ def snapshot(state: State) -> dict[str, Any]:
         "uptime_seconds": round(state.now - state.started_at, 3),
         "group_ids": sorted({pipeline.config.group for pipeline in state.pipelines.values()}),
         "memory": {"buffer_bytes": state.config.buffer_bytes, "buffered_bytes": state.buffered_bytes},
-        "consumer_trouble": {group: text for group, (_, _, text) in sorted(state.trouble.items())},
+        "consumer_trouble": state.trouble.texts(),
         "workers": [_worker(worker, state.now) for worker in state.workforce],
         "pipelines": [_pipeline(state, pipeline) for pipeline in state.pipelines.values()],
     }

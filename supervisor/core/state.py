@@ -12,6 +12,7 @@ from speedlayer.supervisor.core.actions import ERROR, Action, Log, Pause, Resume
 from speedlayer.supervisor.core.config import CoreConfig
 from speedlayer.supervisor.core.ledger import Lane, LaneState, Ledger
 from speedlayer.supervisor.core.pipelines import Pipeline
+from speedlayer.supervisor.core.trouble import Troubles
 from speedlayer.supervisor.core.workforce import Workforce
 
 
@@ -52,7 +53,7 @@ class State:
     exit_code: int = 0
     last_message_at: float = 0.0
     silence_told: bool = False
-    trouble: dict[str, tuple[float, str, str]] = field(default_factory=dict)  # group -> when, code, text of the latest
+    trouble: Troubles = field(default_factory=Troubles)
     actions: list[Action] = field(default_factory=list)
     _numbers: int = 0
 
