@@ -180,11 +180,7 @@ class Supervisor:
             if isinstance(item, ControlCommand):
                 self._tokens += 1
                 self._replies[self._tokens] = item.reply
-                if item.command == "stop":
-                    yield e.StopRequested(time.monotonic(), "an operator said stop")
-                    self._reply(a.Reply(self._tokens, {"ok": True}))
-                else:
-                    yield e.Command(time.monotonic(), self._tokens, item.command, item.args)
+                yield e.Command(time.monotonic(), self._tokens, item.command, item.args)
             elif isinstance(item, ClusterFound):
                 self._subscribe(item.cluster)
             else:

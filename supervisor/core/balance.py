@@ -24,8 +24,8 @@ class Balance:
     def worker_for(self, lane: Lane) -> Worker | None:
         """Choose the worker that claims a lane: the one with the fewest lanes of its pipeline, then of all."""
         workforce = self._state.workforce
-        # At the very first start the claims wait for all workers: otherwise the one that boots first would get them
-        # all. A worker that starts again is not waited for.
+        # At the very first start claims go into the queues of workers that still boot, too: otherwise the one that is
+        # ready first would get them all. A worker that starts again is not waited for.
         able = [
             worker
             for worker in workforce
