@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-from speedlayer.supervisor.chunks import runs
+from speedlayer.supervisor.chunks import Run, runs
 from speedlayer.supervisor.core import events as e
 from speedlayer.supervisor.core.actions import Resume
 
@@ -56,9 +56,13 @@ SMALLEST_FETCH_BYTES = 256 * 1024
 # their ranges below it. So from a budget of 8 GB on the prefetch takes 2 GB, whatever its share.
 PREFETCH_LIMIT_BYTES = 2_097_151 * 1024
 
-# librdkafka counts payload, and takes some 300 bytes a message on top. So the prefetch is bounded in messages too,
-# or one of many small messages would take ten times its bytes.
+# librdkafka counts values, and takes some 300 bytes a message on top. So the prefetch is bounded in messages too, or
+# one of many small messages would take ten times its bytes.
 PREFETCHED_MESSAGE_BYTES = 256
+
+# Keys and headers are not counted either. When they turn out to be so many times what the bound in messages allows for,
+# the consumer is made anew with a lower bound: it can not be changed in a running one.
+PREFETCH_EXCESS = 2.0
 
 _PROBLEMS = {
     KafkaError._AUTO_OFFSET_RESET: e.FetchProblem.OUT_OF_RANGE,
@@ -76,6 +80,7 @@ class FetchLimits:
     prefetch_bytes: int
     batch_rows: int
     batch_bytes: int
+    message_bytes: int = PREFETCHED_MESSAGE_BYTES  # of one message, what librdkafka does not count
 
     def properties(self) -> dict[str, Any]:
         """The librdkafka properties that keep the limit."""
@@ -83,7 +88,7 @@ class FetchLimits:
         response_bytes = max(SMALLEST_FETCH_BYTES, prefetch_bytes // FETCH_SHARE)
         return {
             "queued.max.messages.kbytes": max(1024, prefetch_bytes // 1024),
-            "queued.min.messages": max(1, prefetch_bytes // PREFETCHED_MESSAGE_BYTES),
+            "queued.min.messages": max(1, prefetch_bytes // self.message_bytes),
             "fetch.max.bytes": response_bytes,
             "message.max.bytes": response_bytes,  # the least that fetch.max.bytes may be; a larger message comes alone
             "max.partition.fetch.bytes": response_bytes,
@@ -142,6 +147,7 @@ class GroupConsumer:
         self._ends: dict[e.Partition, int] = {}  # where the last event said that a partition stands
         self._largest_bytes = float(FIRST_GUESS_BYTES)
         self._positions_at = 0.0
+        self.message_bytes = limits.message_bytes  # of one message, what librdkafka does not count: seen lately
         self._interrupted: Optional[str] = None
         properties = consumer_properties(kafka, group, limits)
         properties["error_cb"] = self._on_error
@@ -248,9 +254,19 @@ class GroupConsumer:
                     run.chunk,
                 )
             )
+            self._learn_message_bytes(run)
             # Forgotten slowly: a call that expects small messages and gets large ones overshoots the budget.
             self._largest_bytes = max(float(run.largest_bytes), self._largest_bytes * 0.9)
         return slices
+
+    def _learn_message_bytes(self, run: Run) -> None:
+        """Have the consumer made anew once keys and headers make the prefetch larger than it may be."""
+        uncounted_bytes = PREFETCHED_MESSAGE_BYTES + (run.size_bytes - len(run.chunk.values)) // run.chunk.count
+        if uncounted_bytes <= self.message_bytes * PREFETCH_EXCESS:
+            return
+        self.message_bytes = uncounted_bytes
+        message = f"keys and headers take {uncounted_bytes} bytes a message: fewer messages are prefetched from now on"
+        self._events.append(e.ConsumerTrouble(time.monotonic(), self.group, "PREFETCH_TOO_DEEP", message, fatal=True))
 
     def _positions(self, partitions: list[e.Partition]) -> dict[e.Partition, int]:
         """Where librdkafka stands; a partition that has brought nothing yet has no position (-1001)."""

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import wait
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Optional, Union
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 import dill
 import multiprocess
 
-from speedlayer.supervisor.consumer import FetchLimits, GroupConsumer
+from speedlayer.supervisor.consumer import PREFETCHED_MESSAGE_BYTES, FetchLimits, GroupConsumer
 from speedlayer.supervisor.control import ControlCommand
 from speedlayer.supervisor.core import actions as a
 from speedlayer.supervisor.core import events as e
@@ -238,10 +239,10 @@ class Supervisor:
         for group in self.settings.group_ids:
             self._consumers[group] = self._new_consumer(group)
 
-    def _new_consumer(self, group: str) -> GroupConsumer:
+    def _new_consumer(self, group: str, message_bytes: int = PREFETCHED_MESSAGE_BYTES) -> GroupConsumer:
         assert self._cluster is not None
         topics = tuple(topic for pipeline in self.settings.pipelines_of(group) for topic in pipeline.topics)
-        limits = self._fetch_limits(group)
+        limits = replace(self._fetch_limits(group), message_bytes=message_bytes)
         return GroupConsumer(self.settings.kafka, group, topics, limits, self._separator, self._cluster)
 
     # --- actions ----------------------------------------------------------------------------------------------------
@@ -274,8 +275,9 @@ class Supervisor:
             self._consumers[action.group].commit(action.offsets)
         elif isinstance(action, a.RebuildConsumer):
             logger.warning("the consumer of group %s is made anew: %s", action.group, action.reason)
-            self._consumers.pop(action.group).close(CLOSE_TIMEOUT_SECONDS)
-            self._consumers[action.group] = self._new_consumer(action.group)
+            old = self._consumers.pop(action.group)
+            old.close(CLOSE_TIMEOUT_SECONDS)
+            self._consumers[action.group] = self._new_consumer(action.group, old.message_bytes)
         elif isinstance(action, a.LeaveGroups):
             self._leave_groups()
         else:
