@@ -202,6 +202,8 @@ def route(order: Order, pipelines: dict[str, Pipeline], reporter: Reporter) -> N
 
 def crash(reporter: Reporter, who: str, error: BaseException) -> None:
     """End the process over a fault that nobody handles: the supervisor claims what it held, and starts another."""
-    reporter.log(logging.CRITICAL, f"{who} failed, the worker ends: {summary_of(error)}", {})
-    traceback.print_exception(error)
-    os._exit(EXIT_CRASHED)
+    try:
+        reporter.log(logging.CRITICAL, f"{who} failed, the worker ends: {summary_of(error)}", {})
+        traceback.print_exception(error)
+    finally:  # whatever became of standard error: a worker that lives on without this thread would do nothing
+        os._exit(EXIT_CRASHED)

@@ -84,5 +84,8 @@ INSPECT_RETRY_SECONDS = 1.0
 # Between two looks at how the lanes are spread over the workers.
 BALANCE_INTERVAL_SECONDS = 1.0
 
+# A flush that lost so often to other transactions is told to the operator: by then it is more than bad luck.
+CONTENDED_TOLD_ATTEMPTS = 5
+
 # With no message for this long the daemon says why.
 SILENCE_SECONDS = 10.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Optional
 
 from speedlayer.supervisor.core.actions import ERROR, INFO, WARNING, Dispatch
-from speedlayer.supervisor.core.config import FULL_PATIENCE_SECONDS, LOW_MARK, QUIET_SECONDS
+from speedlayer.supervisor.core.config import CONTENDED_TOLD_ATTEMPTS, FULL_PATIENCE_SECONDS, LOW_MARK, QUIET_SECONDS
 from speedlayer.supervisor.core.events import Polled, PositionMoved, Slice
 from speedlayer.supervisor.core.ledger import Lane, LaneState, OpenBatch
 from speedlayer.supervisor.core.pipelines import Hold, Pipeline
@@ -270,8 +270,19 @@ class Flow:
         pipeline.counters.retries += 1  # as they happen: the report of a flush names the same ones once more
         if report.kind is BlockKind.OVERLOADED:
             self.handle_overload(pipeline, StreamingOverloadException(report.reason, report.retry_seconds))
-        elif report.kind is not BlockKind.CONTENDED:  # which is counted, and told apart from slowness: no brake
+        elif report.kind is BlockKind.CONTENDED:
+            self._note_contention(pipeline, report)
+        else:
             self._block(pipeline, report)
+
+    def _note_contention(self, pipeline: Pipeline, report: FlushBlocked) -> None:
+        """Contention is counted, and told apart from slowness: no brake. When it lasts, the operator is told."""
+        if report.attempt < CONTENDED_TOLD_ATTEMPTS:
+            return
+        if not pipeline.contended_flights:
+            message = f"a flush of pipeline {pipeline.name} is tried again and again: {report.reason}"
+            self._state.log(WARNING, message, pipeline=pipeline.name, attempt=report.attempt, sqlstate=report.sqlstate)
+        pipeline.contended_flights[report.flight_id] = f"contended, attempt {report.attempt}: {report.reason}"
 
     def _block(self, pipeline: Pipeline, report: FlushBlocked) -> None:
         reason = f"{report.kind.value}: {report.reason}" + (f" — {report.remedy}" if report.remedy else "")
@@ -285,6 +296,7 @@ class Flow:
             )
 
     def _unblock(self, pipeline: Pipeline, flight_id: int) -> None:
+        pipeline.contended_flights.pop(flight_id, None)
         if pipeline.blocked_flights.pop(flight_id, None) is None or pipeline.blocked_flights:
             return
         if pipeline.release(Hold.BLOCKED):

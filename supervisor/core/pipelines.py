@@ -101,6 +101,7 @@ class Pipeline:
     brake: ThreeStrikes
     holds: dict[Hold, str] = field(default_factory=dict)
     blocked_flights: dict[int, str] = field(default_factory=dict)
+    contended_flights: dict[int, str] = field(default_factory=dict)
     dead_letters: DeadLetterWindow = field(default_factory=lambda: DeadLetterWindow(60.0))
     written: RateMeter = field(default_factory=RateMeter)
     consumed: RateMeter = field(default_factory=RateMeter)

@@ -79,12 +79,14 @@ def _pipeline(state: State, pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _state(pipeline: Pipeline, lanes: list[Lane]) -> tuple[str, str]:
-    """What holds the pipeline; where nothing does, what its claims wait for: it reads nothing meanwhile."""
+    """What holds the pipeline; where nothing does, what its claims wait for, or its flushes are tried again for."""
     name, reason = pipeline.state()
     delayed = [lane for lane in lanes if lane.claim_delay]
-    if pipeline.holds or not delayed:
+    if pipeline.holds:
         return name, reason
-    return Hold.BLOCKED.value, f"the claim of {delayed[0].partition} waits: {delayed[0].claim_delay}"
+    if delayed:
+        return Hold.BLOCKED.value, f"the claim of {delayed[0].partition} waits: {delayed[0].claim_delay}"
+    return name, next(iter(pipeline.contended_flights.values()), reason)
 
 
 def _lane(lane: Lane) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def find_faults(shape: Shape, rows: Sequence[Any], escaped: frozenset[str]) -> d
             faults[index] = (str(fault), fault.sqlstate)
         except UnicodeError as fault:
             faults[index] = (f"not valid Unicode: {fault}", NUL_SQLSTATE)
-        except (ValueError, RecursionError) as fault:
+        except (ValueError, OverflowError, RecursionError) as fault:
             faults[index] = (f"can not be written: {fault}", None)
     return faults
 

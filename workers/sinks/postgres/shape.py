@@ -304,7 +304,7 @@ class JsonShaper(Shaper):
         try:
             message.decode()
             tokens = _decode_tokens(message)
-        except (ValueError, RecursionError) as fault:
+        except (ValueError, OverflowError, RecursionError) as fault:
             return explain_json(message, fault)
         guilty = self._judge(tokens, lambda raw: bytes(raw) == b"null")
         if guilty is not None:
@@ -373,7 +373,7 @@ class DictShaper(Shaper):
             records = [self._renamed(record) for record in records]
         try:
             rows: list[Any] = msgspec.convert(records, self._list_type)
-        except (ValueError, RecursionError):
+        except (ValueError, OverflowError, RecursionError):
             return None
         for slot, types in self._checks:
             if not types.issuperset(type(getattr(row, slot.attribute)) for row in rows):

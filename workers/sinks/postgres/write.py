@@ -109,7 +109,7 @@ class TableWriter:
             if not faults:
                 try:
                     return replace(records, rows=self._encode(shape, records.rows, seen.escaped))
-                except (ValueError, RecursionError):
+                except (ValueError, OverflowError, RecursionError):
                     faults = find_faults(shape, records.rows, seen.escaped)
                     if not faults:
                         raise
@@ -190,7 +190,7 @@ class TableWriter:
         if not faults:
             try:
                 return self._encode(shape, rows, seen.escaped)
-            except (ValueError, RecursionError):
+            except (ValueError, OverflowError, RecursionError):
                 faults = find_faults(shape, rows, seen.escaped)
                 if not faults:
                     raise
