@@ -183,6 +183,8 @@ def _target(to: Any) -> SeekTarget:
         return SeekTarget(offset=to)
     if to in ("earliest", "latest"):
         return SeekTarget(edge=to)
-    if isinstance(to, dict) and isinstance(to.get("timestamp_ms"), int):
-        return SeekTarget(timestamp_ms=to["timestamp_ms"])
+    timestamp_ms = to.get("timestamp_ms") if isinstance(to, dict) else None
+    # Kafka would take a negative time for one of its edges.
+    if isinstance(timestamp_ms, int) and not isinstance(timestamp_ms, bool) and timestamp_ms >= 0:
+        return SeekTarget(timestamp_ms=timestamp_ms)
     raise Refused(f'{to!r} is no offset, "earliest", "latest" or timestamp')
