@@ -8,6 +8,7 @@ import pytest
 
 from fixtures.core_driver import CoreDriver, pipeline
 from speedlayer.supervisor.core import actions as a
+from speedlayer.supervisor.core import events as e
 
 
 def spread(world: CoreDriver, topic: str = "orders") -> list[int]:
@@ -82,6 +83,17 @@ def test_no_further_lane_is_chosen_while_one_moves() -> None:
     assert chosen == [0, 1]
     world.tick(5.0)
     assert [lane.partition.partition for lane in world.core.lanes() if lane.moving] == chosen
+
+
+def test_a_lane_that_is_held_for_a_moment_may_be_chosen_and_is_not_read_before_it_has_moved() -> None:
+    world = after_a_death(2)
+    world.forget()
+    world.now += 1.0
+    world.tell(e.PositionsUnknown(world.now, "group", "consume() raised"))
+    assert world.lane(0).moving
+    assert [resume.partition.partition for resume in world.of(a.Resume)] == [1]
+    world.tick()
+    assert (world.lane(0).worker, world.state(0)) == ("worker-0", "fetching")
 
 
 def test_a_pipeline_that_is_held_is_not_evened_out() -> None:

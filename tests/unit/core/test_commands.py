@@ -242,6 +242,18 @@ def test_a_seek_while_an_older_one_is_under_way_wins_and_both_are_answered() -> 
     assert world.replies[1]["ok"]
 
 
+def test_a_seek_of_a_fenced_lane_waits_for_the_back_off_and_a_poll_as_well() -> None:
+    world = reading()
+    world.poll()
+    world.tick(0.25)
+    world.flush(fenced=[0])
+    assert world.command("seek", to=7) is None
+    world.tick(1.0)
+    assert world.token not in world.replies
+    world.poll_nothing()
+    assert world.replies[world.token]["ok"]
+
+
 # --- the rest -----------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from fixtures.core_driver import CoreDriver, pipeline
 from fixtures.flights import lane as lane_key
 from speedlayer.supervisor.core import actions as a
 from speedlayer.supervisor.core import events as e
+from speedlayer.supervisor.core.config import CONTENDED_TOLD_ATTEMPTS
 from speedlayer.supervisor.core.pipelines import DeadLetterWindow, RateMeter
 from speedlayer.workers import protocol as p
 
@@ -506,6 +507,20 @@ def test_contention_holds_nothing() -> None:
     world.tick(0.25)
     world.block(p.BlockKind.CONTENDED)
     assert (world.status()["state"], world.status()["retries"], world.state()) == ("running", 1, "fetching")
+
+
+def test_contention_that_lasts_is_told_once_and_still_holds_nothing() -> None:
+    world = reading()
+    world.poll()
+    world.tick(0.25)
+    for attempt in range(1, CONTENDED_TOLD_ATTEMPTS + 3):
+        assert bool(world.logged("is tried again and again")) is (attempt > CONTENDED_TOLD_ATTEMPTS)
+        world.block(p.BlockKind.CONTENDED, attempt=attempt)
+    assert len(world.logged("is tried again and again: the sink says no", logging.WARNING)) == 1
+    assert world.status()["reason"].startswith("contended, attempt ")
+    assert world.state() == "fetching"
+    world.flush()
+    assert world.status()["reason"] == ""
 
 
 # --- dead letters -------------------------------------------------------------------------------------------------

@@ -75,6 +75,17 @@ def test_trouble_with_kafka_explains_the_silence_of_a_partition_that_is_read() -
     assert reason(world) == "Kafka says: 1/1 brokers are down"
 
 
+def test_trouble_with_kafka_is_told_once_and_explains_nothing_once_it_is_over() -> None:
+    world = reading()
+    trouble(world)
+    trouble(world)
+    assert len(world.logged("1/1 brokers are down")) == 1
+    world.tick(15.0)
+    world.poll()
+    assert world.logged("Kafka answers again; it is over: 1/1 brokers are down")
+    assert "Kafka says" not in reason(world)
+
+
 @pytest.mark.parametrize(
     ("low", "high", "told"),
     [
