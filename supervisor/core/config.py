@@ -57,7 +57,7 @@ LOW_MARK = 0.5
 # A lane that has been quiet for so long after a flush or a claim has its checkpoint checked, once, by a flight without
 # messages. A fail-over can lose the last commits; where messages flow the next flush notices, and here nothing else
 # would. It is longer than a standby that is promoted may have been behind.
-QUIET_SECONDS = 30.0
+QUIET_SECONDS = 15.0
 
 # Group offsets are a courtesy to lag tools; once a second is enough for them.
 COMMIT_INTERVAL_SECONDS = 1.0

@@ -21,9 +21,9 @@ from speedlayer.supervisor.core.core import Core
 from speedlayer.supervisor.core.ledger import IllegalTransition, LaneState
 from speedlayer.workers.protocol import LaneKey
 
-# After the last fault everything must be written within this time. The longest waits in it: 30 s of back-off for a lane
-# that was fenced many times, 10 s for a worker that died often or a database that was away.
-LIVENESS_SECONDS = 90.0
+# After the last fault everything must be written within this time. The longest waits in it: 15 s until a quiet lane is
+# checked, 10 s for a worker that died often or a database that was away, and the operator's own rounds.
+LIVENESS_SECONDS = 30.0
 
 EXPIRE_INTERVAL_SECONDS = 0.25
 RESTART_SECONDS = (0.1, 1.5)
