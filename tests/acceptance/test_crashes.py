@@ -47,7 +47,7 @@ def test_rows_equal_the_log_although_workers_and_supervisor_are_killed_in_the_mi
     assert killer.count("supervisor") >= 5
     assert killer.with_open_flush >= 10
     assert killer.between_rows_and_commit >= 3
-    assert "an old owner's that was stopped in a transaction" in stage.daemon.log_text(), "silent backends are ended"
     log = stage.wait_until_written()
     assert len(log) == producer.sent
     assert_table_equals(stage.dsn, "events", values_of(log), EVENT_COLUMNS)
+    assert "an old owner's that was stopped in a transaction" in stage.daemon.log_text(), "silent backends are ended"
