@@ -157,7 +157,7 @@ class Flow:
 
     def flushed(self, worker: Worker, report: FlushReport) -> list[Lane]:
         """Take note of a committed flight; returns the lanes that were fenced in it."""
-        record = self._landed(worker, report.flight_id)
+        record = self._landed(worker, report.flight_id, "its sink takes rows again")
         if record is None:
             return []
         worker.showed_life()
@@ -167,13 +167,13 @@ class Flow:
         self._judge(pipeline, report)
         return fenced
 
-    def _landed(self, worker: Worker, flight_id: int) -> Optional[FlightRecord]:
+    def _landed(self, worker: Worker, flight_id: int, news: str) -> Optional[FlightRecord]:
         record = worker.flights.pop(flight_id, None)
         if record is None:
             return None
         pipeline = self._state.pipelines[record.pipeline]
         pipeline.buffered_bytes -= record.size_bytes
-        self._unblock(pipeline, flight_id)
+        self._unblock(pipeline, flight_id, news)
         return record
 
     def _advance(self, record: FlightRecord, fenced: frozenset[int]) -> list[Lane]:
@@ -241,7 +241,7 @@ class Flow:
 
     def failed(self, worker: Worker, report: FlushFailed) -> None:
         """The worker no longer has the batch, and what became of it is not known: claim again."""
-        record = self._landed(worker, report.flight_id)
+        record = self._landed(worker, report.flight_id, "the batch that waited is given up, and read again")
         if record is None:
             return
         self._state.log(
@@ -295,19 +295,17 @@ class Flow:
                 sqlstate=report.sqlstate,
             )
 
-    def _unblock(self, pipeline: Pipeline, flight_id: int) -> None:
+    def _unblock(self, pipeline: Pipeline, flight_id: int, news: str) -> None:
         pipeline.contended_flights.pop(flight_id, None)
         if pipeline.blocked_flights.pop(flight_id, None) is None or pipeline.blocked_flights:
             return
-        if pipeline.release(Hold.BLOCKED):
-            self._state.log(
-                INFO, f"pipeline {pipeline.name} goes on: its sink takes rows again", pipeline=pipeline.name
-            )
+        pipeline.release(Hold.BLOCKED)
+        self._state.log(INFO, f"pipeline {pipeline.name} goes on: {news}", pipeline=pipeline.name)
 
     def lost_with(self, worker: Worker) -> None:
         """A worker died: its flights' fate is not known, and its credit is void."""
         for record in list(worker.flights.values()):
-            self._landed(worker, record.flight_id)
+            self._landed(worker, record.flight_id, f"{worker.name} died, and what it kept is read again")
             self.give_up(record, f"{worker.name} died")
         for lane in self._state.ledger.of_worker(worker.name):
             self._state.reclaim(lane, f"{worker.name} died")

@@ -247,7 +247,7 @@ def claims_of_a_dead_worker_are_waited_for() -> Iterator[None]:
 
     def lost_with(self: Flow, worker: Worker) -> None:
         for record in list(worker.flights.values()):
-            self._landed(worker, record.flight_id)
+            self._landed(worker, record.flight_id, "its worker died")
             self.give_up(record, f"{worker.name} died")
 
     return _patched(Flow, "lost_with", lost_with)
@@ -434,7 +434,7 @@ def a_full_memory_stays_full() -> Iterator[None]:
 @mutant
 def a_block_outlives_its_flight() -> Iterator[None]:
     """The worker that waited for the database died, and the pipeline stays blocked."""
-    return _patched(Flow, "_unblock", lambda self, pipeline, flight_id: None)
+    return _patched(Flow, "_unblock", lambda self, pipeline, flight_id, news: None)
 
 
 @mutant
