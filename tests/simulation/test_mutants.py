@@ -12,7 +12,7 @@ from simulation.history import History
 from simulation.mutants import MUTANTS
 from simulation.plan import Plan, draw
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 # On these seeds the true code is clean: `test_histories` runs them all.
 SEEDS = 1000
