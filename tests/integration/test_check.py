@@ -12,7 +12,7 @@ from typing import Any
 import psycopg2.extensions
 import pytest
 from click.testing import CliRunner
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import (
     AclBinding,
     AclOperation,
@@ -25,6 +25,7 @@ from fixtures.daemon import Daemon, pipeline_toml
 from fixtures.kafka import Broker
 from fixtures.ports import free_port
 from fixtures.postgres import PostgresServer, execute, query, scalar
+from fixtures.waiting import wait_until
 from speedlayer.supervisor.cli.main import cli
 from speedlayer.supervisor.exit_codes import ExitCode
 from speedlayer.workers.sinks.postgres.schema import SCHEMA_VERSION, print_sql
@@ -286,7 +287,17 @@ def make_the_topic_of_groups(broker: Broker, topic: str) -> None:
     An admin client would do, but librdkafka crashes in it while that topic loads (its issue 5040).
     """
     consumer = Consumer({"bootstrap.servers": broker.bootstrap_servers, "group.id": "another"})
-    consumer.committed([TopicPartition(topic, 0)], timeout=30)
+
+    def is_told() -> bool:
+        try:
+            consumer.committed([TopicPartition(topic, 0)], timeout=30)
+        except KafkaException as error:  # the coordinator is being made, or has just moved
+            if error.args[0].code() not in (KafkaError.NOT_COORDINATOR, KafkaError.COORDINATOR_LOAD_IN_PROGRESS):
+                raise
+            return False
+        return True
+
+    wait_until(is_told, "the broker tells a group's offsets", timeout_seconds=60)
     consumer.close()
 
 
