@@ -282,11 +282,11 @@ def test_a_batch_that_the_budget_does_not_hold_is_warned_of(check: Check) -> Non
 
 
 def make_the_topic_of_groups(broker: Broker, topic: str) -> None:
-    """Ask for a group's offsets: the first such question makes the broker create the topic in which it keeps them.
+    """Ask for the group's offsets: the first such question makes the broker create the topic in which it keeps them.
 
     An admin client would do, but librdkafka crashes in it while that topic loads (its issue 5040).
     """
-    consumer = Consumer({"bootstrap.servers": broker.bootstrap_servers, "group.id": "another"})
+    consumer = Consumer({"bootstrap.servers": broker.bootstrap_servers, "group.id": GROUP})
 
     def is_told() -> bool:
         try:
