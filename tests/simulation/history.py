@@ -25,6 +25,11 @@ from speedlayer.workers.protocol import LaneKey
 # checked, 10 s for a worker that died often or a database that was away, and the operator's own rounds.
 LIVENESS_SECONDS = 30.0
 
+# Every history has so many faults that struck something; these nearly always do.
+FEWEST_FAULTS = 5
+SURE_FAULTS = ("terminate backends", "lock table", "rebalance", "kill worker", "restart postgres")
+ATTEMPTS_TO_MAKE_UP = 50
+
 EXPIRE_INTERVAL_SECONDS = 0.25
 RESTART_SECONDS = (0.1, 1.5)
 
@@ -270,6 +275,7 @@ class History:
         outcome = Outcome(self.plan)
         try:
             self.world.run_until(self.plan.seconds)
+            self._make_up_for_faults()
             self._end_faults()
             self._until_written()
             self._stop_all()
@@ -285,6 +291,18 @@ class History:
         outcome.messages = self.auditor.written
         outcome.coverage = self.coverage
         return outcome
+
+    def _make_up_for_faults(self) -> None:
+        """Faults of the plan that found nothing to strike are replaced. A plan that was shrunk has few on purpose."""
+        if len(self.plan.faults) < FEWEST_FAULTS:
+            return
+        dice = random.Random(self.plan.seed)
+        for attempt in range(ATTEMPTS_TO_MAKE_UP):
+            if self.injected >= FEWEST_FAULTS:
+                return
+            kind = SURE_FAULTS[attempt % len(SURE_FAULTS)]
+            self._inject(Fault(self.world.now, kind, 0.3, dice.getrandbits(30)))
+            self.world.run_until(self.world.now + 0.2)
 
     def _end_faults(self) -> None:
         self.world.say("NEMESIS", "all faults end")
