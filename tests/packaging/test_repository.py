@@ -54,7 +54,7 @@ def test_no_file_names_a_path_of_one_machine() -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["cd /home/jo/speedlayer", "`/root/x`", "(/work/main/tests)"])
+@pytest.mark.parametrize("text", ["cd /home/jo/speedlayer", "`/root/x`", "(/work/app/tests)"])
 def test_the_pattern_finds_paths_of_a_machine(text: str) -> None:
     assert MACHINE_PATH.search(text)
 
