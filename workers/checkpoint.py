@@ -200,7 +200,7 @@ class ClaimResult:
     previous: Optional[Backend]
 
 
-def flush(parts: Sequence[Part], owner: str) -> Generator[Operation, Any, FlushResult]:
+def flush(parts: Sequence[Part]) -> Generator[Operation, Any, FlushResult]:
     """Write the parts in one transaction, leaving out those that turn out to be fenced."""
     if len({part.lane for part in parts}) != len(parts):
         raise ValueError("two parts of one flight belong to the same lane: the second could never be written")
@@ -211,7 +211,7 @@ def flush(parts: Sequence[Part], owner: str) -> Generator[Operation, Any, FlushR
             counts: tuple[Counts, ...] = yield WriteRows(remaining)
             if any(count.dead_lettered for count in counts):
                 yield WriteDeadLetters(remaining)
-            moved: Collection[LaneKey] = yield Advance(_moves(parts, remaining, counts, owner))
+            moved: Collection[LaneKey] = yield Advance(_moves(parts, remaining, counts))
         except Exception:
             yield Rollback()
             raise
@@ -225,10 +225,10 @@ def flush(parts: Sequence[Part], owner: str) -> Generator[Operation, Any, FlushR
     return FlushResult((), (), tuple(sorted(fenced)))
 
 
-def _moves(parts: Sequence[Part], indexes: Sequence[int], counts: Sequence[Counts], owner: str) -> tuple[Move, ...]:
+def _moves(parts: Sequence[Part], indexes: Sequence[int], counts: Sequence[Counts]) -> tuple[Move, ...]:
     """The steps in key order: locks that everybody takes in one order can not deadlock."""
     moves = (
-        Move(part.lane, part.epoch, owner, part.start, part.end, part.leader_epoch, count)
+        Move(part.lane, part.epoch, part.owner, part.start, part.end, part.leader_epoch, count)
         for part, count in zip([parts[index] for index in indexes], counts, strict=True)
     )
     return tuple(sorted(moves, key=lambda move: move.lane))

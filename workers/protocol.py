@@ -54,7 +54,10 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
-    """One partition's share of a flight: the messages in ``[start, end)``, to be written under ``epoch``.
+    """One partition's share of a flight: the messages in ``[start, end)``, to be written under ``epoch`` and ``owner``.
+
+    ``owner`` is the token of the lane's claim, one of its own for each: a fail-over that loses a claim's commit may
+    give the same epoch twice, to the same supervisor even.
 
     ``end`` may be past the last message (compaction, control records, aborted transactions), and a part may hold no
     message at all, when only the position moved.
@@ -62,6 +65,7 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
 
     lane: LaneKey
     epoch: int
+    owner: str
     start: int
     end: int
     leader_epoch: int  # of the last message, -1 if unknown
@@ -85,7 +89,6 @@ class Flight(msgspec.Struct, frozen=True, tag="flight"):
 
     flight_id: int
     pipeline: str
-    owner: str
     separator: bytes
     parts: list[Part]
 

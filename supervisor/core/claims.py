@@ -83,7 +83,8 @@ class Claims:
         state = self._state
         lane.move(LaneState.CLAIMING, state.now, f"claim sent to {worker.name}")
         lane.claim_id, lane.worker = state.number(), worker.name
-        state.act(SendClaim(worker.name, Claim(lane.claim_id, lane.key, state.config.owner)))
+        lane.owner = f"{state.config.owner}.{lane.claim_id}"
+        state.act(SendClaim(worker.name, Claim(lane.claim_id, lane.key, lane.owner)))
 
     def claimed(self, report: Claimed) -> None:
         """A claim or a seed came back. One that is not the lane's latest is of no consequence."""
@@ -249,8 +250,7 @@ class Claims:
         expected = lane.flushed if lane.has_checkpoint else None
         if gap_reason is not None:
             state.log(WARNING, f"{lane.partition} goes on at offset {start}: {gap_reason}", **state.fields_of(lane))
-        owner = state.config.owner
-        seed = Seed(lane.claim_id, lane.key, owner, lane.epoch, expected, start, topic_id, gap_reason)
+        seed = Seed(lane.claim_id, lane.key, lane.owner, lane.epoch, expected, start, topic_id, gap_reason)
         state.act(SendSeed(lane.worker, seed))
 
     def _lane_of(self, key: LaneKey, claim_id: int) -> Optional[Lane]:

@@ -30,7 +30,8 @@ class CoreConfig:
     """The whole daemon, as the core sees it.
 
     ``buffer_bytes`` is the part of the memory budget for what is assembled, queued or being flushed; the rest is what
-    librdkafka may prefetch. ``owner`` is this supervisor's random token in the checkpoints; ``pid`` is for people.
+    librdkafka may prefetch. ``owner`` is this supervisor's random token, with
+    which the owner token of each of its claims begins; ``pid`` is for people.
     """
 
     pipelines: tuple[PipelineConfig, ...]

@@ -140,7 +140,7 @@ class Flow:
             chunks = [piece.chunk for piece in slices]
             # Of the last message in the part: what was read and left behind may be of a later one.
             leader_epoch = slices[-1].leader_epoch if slices else lane.leader_epoch
-            parts.append(Part(lane.key, lane.epoch, lane.dispatched, end, leader_epoch, chunks))
+            parts.append(Part(lane.key, lane.epoch, lane.owner, lane.dispatched, end, leader_epoch, chunks))
             notes.append(FlightPart(lane.partition, lane.claim_id, lane.dispatched, end))
             lane.dispatched = end
             lane.in_flight += 1
@@ -150,7 +150,7 @@ class Flow:
         worker.flights[flight_id] = FlightRecord(
             flight_id, pipeline.name, worker.name, tuple(notes), rows, size_bytes, state.now
         )
-        flight = Flight(flight_id, pipeline.name, state.config.owner, state.config.separator, parts)
+        flight = Flight(flight_id, pipeline.name, state.config.separator, parts)
         state.act(Dispatch(worker.name, flight))
 
     # --- back: reports ------------------------------------------------------------------------------------------

@@ -107,8 +107,10 @@ class Lane:
     state: LaneState = LaneState.PENDING
     reason: str = ""
     since: float = 0.0
-    # The claim: which worker made it, under which epoch. The epoch is None while it is not known to be ours.
+    # The claim: which worker made it, under which owner token and epoch. The epoch is None while it is not known to be
+    # ours. Each claim has a token of its own: a fail-over that loses one may give its epoch to the next.
     worker: Optional[str] = None
+    owner: str = ""
     epoch: Optional[int] = None
     claim_id: int = 0
     claim_not_before: float = 0.0

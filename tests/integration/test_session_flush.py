@@ -85,7 +85,7 @@ def test_a_flight_that_leaves_a_gap_is_fenced(dsn: str) -> None:
 def test_a_flight_of_another_owner_is_fenced_even_under_the_same_epoch(dsn: str) -> None:
     with session_of(dsn) as opened:
         epoch = opened.take(0)
-        outcome = opened.session.write(flight(part(orders(1), epoch=epoch), owner="somebody else"))
+        outcome = opened.session.write(flight(part(orders(1), epoch=epoch, owner="somebody else")))
     assert outcome.fenced == (0,)
     assert order_ids(dsn) == []
 
@@ -120,7 +120,7 @@ def test_a_claim_in_the_middle_of_a_flush_loses_and_doubles_nothing(
 
         assert claimed.next_offset is not None
         rest = [order(number + 1) for number in range(claimed.next_offset, 5)]
-        again = flight(part(rest, epoch=claimed.epoch, start=claimed.next_offset), owner="new")
+        again = flight(part(rest, epoch=claimed.epoch, start=claimed.next_offset, owner="new"))
         assert new.session.write(again).fenced == ()
     assert order_ids(dsn) == [1, 2, 3, 4, 5]
 

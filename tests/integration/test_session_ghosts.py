@@ -41,7 +41,7 @@ class Frozen:
             assert self.thawed.wait(60)
 
         before_operation[step] = freeze
-        flying = flight(part(values, epoch=epoch), owner="old")
+        flying = flight(part(values, epoch=epoch, owner="old"))
         self.flush: Future[Any] = self._pool.submit(opened.session.write, flying)
         assert self.reached.wait(30)
 
@@ -88,7 +88,7 @@ def test_a_claim_ends_the_old_owner_that_was_stopped_just_before_its_commit(
         assert blocked >= 2
         assert claimed.next_offset == 0
         assert any("ended backend" in warning for warning in new.warnings())
-        outcome = new.session.write(flight(part(orders(1, 2, 3), epoch=claimed.epoch), owner="new"))
+        outcome = new.session.write(flight(part(orders(1, 2, 3), epoch=claimed.epoch, owner="new")))
         assert outcome.rows == 3
     frozen.thaw()
     with pytest.raises(FateUnknown):
@@ -145,7 +145,7 @@ def test_a_flush_that_waits_for_a_stopped_old_owners_rows_is_set_free(dsn: str, 
     with session_of(dsn) as new, ThreadPoolExecutor(1) as pool:
         claimed, blocked = claim_patiently(new)
         assert blocked == 0  # the checkpoint comes last: nothing keeps the claim waiting
-        flush = pool.submit(new.session.write, flight(part(orders(1, 2), epoch=claimed.epoch), owner="new"))
+        flush = pool.submit(new.session.write, flight(part(orders(1, 2), epoch=claimed.epoch, owner="new")))
 
         def done() -> bool:
             new.session.guard()
@@ -216,14 +216,14 @@ def test_a_working_old_owner_is_not_taken_for_a_ghost(dsn: str) -> None:
         old_epoch = old.take(0, owner="old")
         with locked(dsn, "audit"):
             busy = pool.submit(
-                old.session.write, flight(part([order(1, note="audited")], epoch=old_epoch), owner="old")
+                old.session.write, flight(part([order(1, note="audited")], epoch=old_epoch, owner="old"))
             )
             waiting = (
                 "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
             )
             wait_until(lambda: scalar(dsn, waiting) == 1, "the old flush is busy")
             claimed = new.claim(lane(0), "new")
-            flush = pool.submit(new.session.write, flight(part(orders(1), epoch=claimed.epoch), owner="new"))
+            flush = pool.submit(new.session.write, flight(part(orders(1), epoch=claimed.epoch, owner="new")))
             wait_until(lambda: scalar(dsn, waiting) == 2, "the new flush waits for the old one's row")
             waiting_long = f"{waiting} AND now() - xact_start > '1.5 seconds'"
             wait_until(lambda: scalar(dsn, waiting_long) == 2, "both have waited for long")

@@ -217,7 +217,8 @@ def _check_stopped(supervisor: SimulatedSupervisor, lane: Lane) -> None:
         "not the one that was read before": made_again,
         "gone from the log": made_again or supervisor.broker.logs[lane.partition].low > 0,
         # Another owner may have begun while we were stopped between our claim and the broker's answer.
-        "own commit": supervisor.server.fell_back or (row is not None and row.owner != supervisor.config.owner),
+        "own commit": supervisor.server.fell_back
+        or (row is not None and not row.owner.startswith(supervisor.config.owner)),
         'start = "error"': supervisor.core.state.pipelines[lane.key.pipeline].config.start == "error",
     }
     if not any(cause in lane.reason and happened for cause, happened in causes.items()):

@@ -86,7 +86,7 @@ def a_flush_is_acknowledged_before_it_is_committed() -> Iterator[Protocols]:
 
 
 def _flush_like(
-    parts: Any, owner: str, *, commit_anyway: bool = False, dead_letters: bool = True, keep_fenced: bool = False
+    parts: Any, *, commit_anyway: bool = False, dead_letters: bool = True, keep_fenced: bool = False
 ) -> Generator[cp.Operation, Any, cp.FlushResult]:
     remaining, fenced = tuple(range(len(parts))), set[int]()
     while remaining:
@@ -97,7 +97,7 @@ def _flush_like(
             counts = tuple(counts[written.index(index)] for index in remaining)
             if dead_letters and any(count.dead_lettered for count in counts):
                 yield cp.WriteDeadLetters(written)
-            moved = yield cp.Advance(cp._moves(parts, remaining, counts, owner))
+            moved = yield cp.Advance(cp._moves(parts, remaining, counts))
         except Exception:
             yield cp.Rollback()
             raise
@@ -114,19 +114,19 @@ def _flush_like(
 @mutant
 def a_flush_commits_although_it_is_fenced() -> Iterator[Protocols]:
     """COMMIT goes out whether the checkpoints moved or not."""
-    yield Protocols(flush=lambda parts, owner: _flush_like(parts, owner, commit_anyway=True))
+    yield Protocols(flush=lambda parts: _flush_like(parts, commit_anyway=True))
 
 
 @mutant
 def dead_letters_are_forgotten() -> Iterator[Protocols]:
     """The offset advances past a dead letter that was never written."""
-    yield Protocols(flush=lambda parts, owner: _flush_like(parts, owner, dead_letters=False))
+    yield Protocols(flush=lambda parts: _flush_like(parts, dead_letters=False))
 
 
 @mutant
 def rows_of_fenced_parts_are_written() -> Iterator[Protocols]:
     """The second try without the fenced parts writes their rows all the same."""
-    yield Protocols(flush=lambda parts, owner: _flush_like(parts, owner, keep_fenced=True))
+    yield Protocols(flush=lambda parts: _flush_like(parts, keep_fenced=True))
 
 
 @mutant

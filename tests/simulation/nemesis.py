@@ -168,10 +168,6 @@ def restart_postgres(history: History, seconds: float, dice: random.Random) -> O
 
 
 def lose_commits(history: History, seconds: float, dice: random.Random) -> Optional[str]:
-    if history.broker.made_again:
-        # Known and accepted: a claim whose epoch the fail-over gives again, and a flight of the lost one that is still
-        # on its way with messages of the old topic, and the same offset: the flight passes for one of the new topic.
-        return "not beside a topic that was made again"
     lost = history.server.lose_commits(dice.randrange(1, 8))
 
     def up() -> None:
@@ -348,8 +344,6 @@ def compaction(history: History, seconds: float, dice: random.Random) -> Optiona
 def topic_made_again(history: History, seconds: float, dice: random.Random) -> Optional[str]:
     if history.plan.ids_from_seconds:
         return "not where it could not be told"
-    if history.server.fell_back:
-        return "not beside a fail-over that lost commits"  # see lose_commits
     old = _some_log(history, dice).partition
     numbers = [x.partition for x in history.broker.logs if (x.group, x.topic) == (old.group, old.topic)]
     history.broker.create_topic(old.group, old.topic, len(numbers))

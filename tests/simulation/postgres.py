@@ -362,9 +362,9 @@ class Server:
         """A transaction of its own that names the backend which flushes; it gives up where a claim is under way."""
 
         def done() -> None:
-            for lane, epoch in operation.lanes.items():
+            for lane, claim in operation.lanes.items():
                 row = self.checkpoints.get(lane)
-                if row is not None and row.epoch == epoch and row.owner == operation.owner:
+                if row is not None and (row.epoch, row.owner) == claim:
                     self.checkpoints[lane] = Checkpoint(
                         row.epoch, row.owner, row.next_offset, row.topic_id, row.leader_epoch, backend.identity
                     )
@@ -488,10 +488,10 @@ class Server:
 class Refresh:
     """Not of the protocol: the session names its new backend in the checkpoints (`Statements.refresh_backend`)."""
 
-    __slots__ = ("lanes", "owner")
+    __slots__ = ("lanes",)
 
-    def __init__(self, lanes: dict[LaneKey, int], owner: str) -> None:
-        self.lanes, self.owner = lanes, owner
+    def __init__(self, lanes: dict[LaneKey, tuple[int, str]]) -> None:
+        self.lanes = lanes
 
 
 class Link:

@@ -294,16 +294,16 @@ class PipelineDesk:
             raise StreamingOverloadException("the sink wants a rest", pause_seconds=0.5)
         reused = self._flush_link is not None and self._flush_link.open
         link = yield from self._flush_connection()
-        stale = {x.lane: x.epoch for x in parts if self._named.get(x.lane) != link.backend.identity}
+        stale = [x for x in parts if self._named.get(x.lane) != link.backend.identity]
         if stale:
             try:
-                yield link.call(Refresh(stale, flight.owner))
-                self._named.update(dict.fromkeys(stale, link.backend.identity))
+                yield link.call(Refresh({x.lane: (x.epoch, x.owner) for x in stale}))
+                self._named.update({x.lane: link.backend.identity for x in stale})
             except SinkContended:
                 pass  # a claim is under way; the next flush tries again
         self._began_at = self.world.now
         try:
-            return (yield from self._drive(self.worker.protocols.flush(parts, flight.owner), link, parts))
+            return (yield from self._drive(self.worker.protocols.flush(parts), link, parts))
         except ConnectionLost:
             if reused and self.world.now - self._began_at < 0.01:
                 # It had died while it was idle: no news for anybody. (The session knows it by BEGIN having failed.)

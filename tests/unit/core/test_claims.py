@@ -294,6 +294,22 @@ def test_a_fenced_lane_is_claimed_again_only_after_a_back_off_and_a_later_poll()
     assert world.state() == "fetching"
 
 
+def test_each_claim_has_an_owner_token_of_its_own_and_its_seed_and_parts_carry_it() -> None:
+    """A database that falls back may give an epoch twice: the token tells a flight of the lost claim from ours."""
+    world = begun()
+    (first,), (seed,) = world.of(a.SendClaim), world.of(a.SendSeed)
+    assert seed.seed.owner == first.claim.owner
+    fence(world)
+    world.poll_nothing()
+    world.tick(0.5)
+    world.poll()
+    world.tick(0.25)
+    last = world.of(a.SendClaim)[-1]
+    assert last.claim.owner != first.claim.owner
+    assert [claim.claim.owner.split(".")[0] for claim in world.of(a.SendClaim)] == ["us"] * 2
+    assert world.flights[-1].parts[0].owner == last.claim.owner
+
+
 def test_a_poll_does_not_end_the_back_off() -> None:
     world = begun()
     fence(world)

@@ -663,5 +663,5 @@ def test_a_part_travels_under_the_claim_of_its_lane() -> None:
     world.poll()
     world.tick(0.25)
     (part,) = world.flights[0].parts
-    assert (part.lane, part.epoch) == (lane_key(0), world.lane().epoch)
-    assert world.flights[0].owner == "us"
+    assert (part.lane, part.epoch, part.owner) == (lane_key(0), world.lane().epoch, world.lane().owner)
+    assert part.owner.startswith("us.")

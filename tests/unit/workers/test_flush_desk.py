@@ -70,8 +70,8 @@ class Desk:
 
     def fly(self, *epochs: int, flight_id: int = 1) -> None:
         """Send a flight with a part for each epoch, of the partitions from 0 on."""
-        parts = [Part(lane(partition), epoch, 0, 10, -1, []) for partition, epoch in enumerate(epochs)]
-        self.desk.put(Flight(flight_id, "orders", "me", b"", parts))
+        parts = [Part(lane(partition), epoch, "me", 0, 10, -1, []) for partition, epoch in enumerate(epochs)]
+        self.desk.put(Flight(flight_id, "orders", b"", parts))
 
     def wait_for(self, kind: type) -> None:
         wait_until(lambda: self.pipe.of(kind), f"a {kind.__name__} is reported")

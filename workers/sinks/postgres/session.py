@@ -135,7 +135,7 @@ class PostgreSQLSession(SinkSession):
                 on_begin=self._note_begin,
             )
             self._flush_started = time.monotonic()
-            result = checkpoint.run(checkpoint.flush(flight.parts, flight.owner), transaction.execute)
+            result = checkpoint.run(checkpoint.flush(flight.parts), transaction.execute)
             ended_at = time.monotonic()
         rows = sum(count.rows for count in result.counts)
         if plan is not None and rows:
@@ -220,12 +220,12 @@ class PostgreSQLSession(SinkSession):
         if backend is None:
             return
         with self._lock:
-            stale = {part.lane: part.epoch for part in flight.parts if self._named.get(part.lane) != backend}
+            stale = [part for part in flight.parts if self._named.get(part.lane) != backend]
         if not stale:
             return
         try:
             connection.begin(Purpose.CLAIM)
-            Statements(connection).refresh_backend(stale, flight.owner, backend)
+            Statements(connection).refresh_backend(stale, backend)
             connection.commit()
         except SinkContended:
             connection.roll_back()  # a claim is under way; the next flush tries again
@@ -234,7 +234,7 @@ class PostgreSQLSession(SinkSession):
             connection.roll_back()
             raise
         with self._lock:
-            self._named.update(dict.fromkeys(stale, backend))
+            self._named.update({part.lane: backend for part in stale})
 
     # --- claim thread -------------------------------------------------------------------------------------------
 

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Optional
 
 from speedlayer.workers import checkpoint as protocol
 from speedlayer.workers.checkpoint import Backend, Checkpoint, Move
-from speedlayer.workers.protocol import LaneKey
+from speedlayer.workers.protocol import LaneKey, Part
 from speedlayer.workers.settings import APPLICATION_PREFIX
 from speedlayer.workers.sinks.postgres.connection import ROWS_SAVEPOINT, Connection
 
@@ -92,9 +93,9 @@ _REFRESH = f"""
 UPDATE speedlayer.checkpoints c SET backend_pid = %(pid)s, backend_start = %(started_at)s
 FROM unnest(
     %(clusters)s::text[], %(groups)s::text[], %(pipelines)s::text[], %(topics)s::text[], %(partitions)s::integer[],
-    %(lanes)s::integer[], %(epochs)s::bigint[]
-) AS mine ({_KEY}, epoch)
-WHERE ({_KEY_OF_C}) = (mine.{_KEY.replace(", ", ", mine.")}) AND c.epoch = mine.epoch AND c.owner = %(owner)s
+    %(lanes)s::integer[], %(epochs)s::bigint[], %(owners)s::text[]
+) AS mine ({_KEY}, epoch, owner)
+WHERE ({_KEY_OF_C}) = (mine.{_KEY.replace(", ", ", mine.")}) AND c.epoch = mine.epoch AND c.owner = mine.owner
 """
 
 
@@ -187,12 +188,13 @@ class Statements:
         }
         self._connection.execute(_RECORD_GAP, parameters, doing=f"recording a gap in {_name(operation.lane)}")
 
-    def refresh_backend(self, lanes: dict[LaneKey, int], owner: str, backend: Backend) -> None:
-        """Name ``backend`` as the one that flushes these lanes (lane → epoch), where they are still ours."""
+    def refresh_backend(self, parts: Iterable[Part], backend: Backend) -> None:
+        """Name ``backend`` as the one that flushes the lanes of these parts, where they are still ours."""
+        ours = sorted(parts, key=lambda part: part.lane)
         parameters = {
-            **_columns(sorted(lanes)),
-            "epochs": [lanes[lane] for lane in sorted(lanes)],
-            "owner": owner,
+            **_columns([part.lane for part in ours]),
+            "epochs": [part.epoch for part in ours],
+            "owners": [part.owner for part in ours],
             "pid": backend.pid,
             "started_at": backend.started_at,
         }
