@@ -229,6 +229,27 @@ class FlushBlocked(msgspec.Struct, frozen=True, tag="flush-blocked"):
     attempt: int
 
 
+class Phase(enum.Enum):
+    """What the worker does with a flight. Only the first two run on what is in its messages, and can not wait for
+    anybody: a worker that dies in them, or does not come to their end, may have been killed by one of the messages.
+    """
+
+    DECODE = "decode"  # and encode the rows, where there is no transform
+    TRANSFORM = "transform"  # the user's filters and maps, and encoding what they returned
+    DATABASE = "database"
+
+
+class PhaseEntered(msgspec.Struct, frozen=True, tag="phase"):
+    """The worker is about to begin the phase of the flight. Until the first one, the flight waits in its queue.
+
+    Every attempt begins anew: a flight that was blocked enters DECODE after DATABASE.
+    """
+
+    flight_id: int
+    pipeline: str
+    phase: Phase
+
+
 class WorkerLog(msgspec.Struct, frozen=True, tag="log"):
     """A log line for the supervisor to print, so that one process alone writes to the log."""
 
@@ -250,6 +271,7 @@ Report = Union[
     FlushReport,
     FlushFailed,
     FlushBlocked,
+    PhaseEntered,
     WorkerLog,
     Stopped,
 ]

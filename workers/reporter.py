@@ -9,8 +9,11 @@ from typing import Any, Protocol
 
 from speedlayer.workers.protocol import (
     FailureKind,
+    Flight,
     FlushFailed,
     FlushReport,
+    Phase,
+    PhaseEntered,
     Report,
     WorkerLog,
     encode_report,
@@ -48,6 +51,10 @@ class Reporter:
                 self._pipe.send_bytes(frame)
             except OSError:
                 os._exit(EXIT_ORPHANED)
+
+    def announce(self, flight: Flight, phase: Phase) -> None:
+        """Say what is about to be done with a flight. It is in the pipe before that begins, so it survives a crash."""
+        self.send(PhaseEntered(flight.flight_id, flight.pipeline, phase))
 
     def log(self, level: int, message: str, fields: dict[str, Any]) -> None:
         """Have the supervisor print a line."""

@@ -88,6 +88,7 @@ class Pipeline:
                 transform=self._load_transform(),
                 log=self._reporter.log,
                 application_name=application_name(self._name, self._spec.worker),
+                announce=self._reporter.announce,
             )
         )
 

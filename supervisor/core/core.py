@@ -149,7 +149,10 @@ class Core:
         elif isinstance(report, p.FlushFailed):
             self._flow.failed(worker, report)
         elif isinstance(report, p.FlushBlocked):
+            worker.entered(report.flight_id, None, self._state.now)
             self._flow.blocked(worker, report)
+        elif isinstance(report, p.PhaseEntered):
+            worker.entered(report.flight_id, report.phase, self._state.now)
         elif isinstance(report, p.Ready):
             self._worker_ready(worker, report)
         elif isinstance(report, p.BootFailed):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Optional
 
 from speedlayer.supervisor.core.config import RESTART_BACKOFF_LIMIT_SECONDS, RESTART_BACKOFF_SECONDS
 from speedlayer.supervisor.core.events import Partition
+from speedlayer.workers.protocol import Phase
 
 
 class WorkerState(enum.Enum):
@@ -46,6 +47,18 @@ class FlightRecord:
     rows: int
     size_bytes: int
     dispatched_at: float
+    phase: Optional[Phase] = None  # what the worker does with it; None while it waits, in the queue or blocked
+    phase_since: float = 0.0
+
+
+@dataclass(frozen=True)
+class Killed:
+    """Why we killed a worker. ``flight_id`` names the flight in whose user code it hung, and whose messages may be
+    guilty of that; None: for a reason that no message is to blame for.
+    """
+
+    reason: str
+    flight_id: Optional[int] = None
 
 
 @dataclass
@@ -63,6 +76,7 @@ class Worker:
     credit_flights: int = 0
     credit_bytes: int = 0
     flights: dict[int, FlightRecord] = field(default_factory=dict)
+    killed: Optional[Killed] = None  # we have ended it, and its exit is on the way
 
     @property
     def size_bytes(self) -> int:
@@ -72,6 +86,12 @@ class Worker:
     def flights_of(self, pipeline: str) -> list[FlightRecord]:
         """The flights of one pipeline that it has."""
         return [flight for flight in self.flights.values() if flight.pipeline == pipeline]
+
+    def entered(self, flight_id: int, phase: Optional[Phase], now: float) -> None:
+        """A flight has come to a phase; None: it waits for its next attempt."""
+        record = self.flights.get(flight_id)
+        if record is not None:
+            self.flights[flight_id] = replace(record, phase=phase, phase_since=now)
 
     def room(self, pipeline: str) -> int:
         """Bytes of a pipeline that may still be sent to it; 0 without credit.
@@ -93,6 +113,7 @@ class Worker:
         self.restarts += 1
         self.state, self.pid, self.start_at = WorkerState.WAITING, None, now + delay
         self.flights.clear()
+        self.killed = None
 
     def showed_life(self) -> None:
         """A flush came through: the next death is the first one again."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg2
@@ -13,7 +13,10 @@ import pytest
 from fixtures.flights import flight, part
 from fixtures.postgres import execute, query
 from speedlayer.workers import PostgreSQLSink
+from speedlayer.workers.decoding.json_records import DictDecoder, decode_flight
+from speedlayer.workers.decoding.records import apply_transform
 from speedlayer.workers.errors import SinkMisconfigured
+from speedlayer.workers.protocol import Flight
 from speedlayer.workers.sinks.postgres.table import Column, Table, TableMissing, create_table, infer_columns, load_for
 
 
@@ -313,12 +316,17 @@ def described(dsn: str, name: str) -> list[tuple[str, str, bool]]:
     return [(name, type_sql, not_null) for name, type_sql, not_null in rows]
 
 
+def records(transform: Callable[[Any], Any] = lambda record: record, messages: Flight | None = None) -> Any:
+    """The records of a flight, transformed, as `load_for` asks for them."""
+    return lambda: apply_transform(decode_flight(messages or MESSAGES, DictDecoder()), transform).rows
+
+
 MESSAGES = flight(part([b'{"Order ID": 1, "price": 1.10}', b"?", b'{"Order ID": 2, "note": "x"}']))
 
 
 def test_a_missing_table_is_made_from_the_first_records(connection: Any, each_postgres_dsn: str) -> None:
     sink = upsert(table='"New Orders"', key="Order ID", create_table=True)
-    table = load_for(connection, sink, MESSAGES)
+    table = load_for(connection, sink, records())
     assert table is not None
     assert table.primary_key == ("Order ID",)
     assert described(each_postgres_dsn, '"New Orders"') == [
@@ -326,12 +334,12 @@ def test_a_missing_table_is_made_from_the_first_records(connection: Any, each_po
         ("price", "numeric", False),
         ("note", "text", False),
     ]
-    assert load_for(connection, sink, MESSAGES) == table
+    assert load_for(connection, sink, records()) == table
 
 
 def test_a_new_table_has_the_columns_that_the_transform_leaves(connection: Any, each_postgres_dsn: str) -> None:
     sink = PostgreSQLSink("dbname=x", table="made", create_table=True)
-    load_for(connection, sink, MESSAGES, lambda record: {"id": record["Order ID"], "total": [record.get("price")]})
+    load_for(connection, sink, records(lambda record: {"id": record["Order ID"], "total": [record.get("price")]}))
     assert described(each_postgres_dsn, "made") == [("id", "bigint", False), ("total", "jsonb", False)]
 
 
@@ -349,25 +357,25 @@ def test_a_new_table_has_the_columns_that_the_sink_names(connection: Any, each_p
 def test_without_a_record_there_is_nothing_to_make_a_table_from(connection: Any) -> None:
     sink = PostgreSQLSink("dbname=x", table="made", create_table=True)
     assert load_for(connection, sink) is None
-    assert load_for(connection, sink, flight(part([b"?", None]))) is None
-    assert load_for(connection, sink, MESSAGES, lambda record: None) is None
+    assert load_for(connection, sink, records(messages=flight(part([b"?", None])))) is None
+    assert load_for(connection, sink, records(lambda record: None)) is None
     with pytest.raises(TableMissing):
         Table.load(connection, "made")
 
 
 def test_a_key_that_no_record_has_makes_no_table(connection: Any) -> None:
     with pytest.raises(SinkMisconfigured, match='no column "id" for its key'):
-        load_for(connection, upsert(table="made", key="id", create_table=True), MESSAGES)
+        load_for(connection, upsert(table="made", key="id", create_table=True), records())
 
 
 def test_only_a_sink_that_says_so_makes_a_table(connection: Any) -> None:
     with pytest.raises(TableMissing):
-        load_for(connection, upsert(table="made", key="id"), MESSAGES)
+        load_for(connection, upsert(table="made", key="id"), records())
 
 
 def test_an_existing_table_stays_as_it_is(connection: Any, each_postgres_dsn: str) -> None:
     execute(each_postgres_dsn, "CREATE TABLE made (a int)")
-    load_for(connection, PostgreSQLSink("dbname=x", table="made", create_table=True), MESSAGES)
+    load_for(connection, PostgreSQLSink("dbname=x", table="made", create_table=True), records())
     assert described(each_postgres_dsn, "made") == [("a", "integer", False)]
 
 

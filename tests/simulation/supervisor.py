@@ -48,7 +48,7 @@ class RecordingCore(Core):
             if isinstance(event.report, (p.Claimed, p.Fenced, p.ClaimDelayed)):
                 key = event.report.lane
                 lanes.append(self.state.ledger.get(e.Partition(key.group, key.topic, key.partition)))
-            elif isinstance(event.report, (p.FlushReport, p.FlushFailed, p.FlushBlocked)):
+            elif isinstance(event.report, (p.FlushReport, p.FlushFailed, p.FlushBlocked, p.PhaseEntered)):
                 record = self.state.workforce[event.worker].flights.get(event.report.flight_id)
                 lanes += [self.state.ledger.get(part.partition) for part in record.parts] if record else [None]
         elif isinstance(event, (e.Inspected, e.PositionMoved, e.FetchFailed)):

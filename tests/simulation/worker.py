@@ -294,6 +294,7 @@ class PipelineDesk:
             raise StreamingOverloadException("the sink wants a rest", pause_seconds=0.5)
         reused = self._flush_link is not None and self._flush_link.open
         link = yield from self._flush_connection()
+        yield from self._look_at(flight, parts)
         stale = [x for x in parts if self._named.get(x.lane) != link.backend.identity]
         if stale:
             try:
@@ -309,6 +310,13 @@ class PipelineDesk:
                 # It had died while it was idle: no news for anybody. (The session knows it by BEGIN having failed.)
                 return (yield from self._write_fresh(flight, parts))
             raise
+
+    def _look_at(self, flight: p.Flight, parts: list[p.Part]) -> Script:
+        """Decode and transform: no time to speak of, but time in which the process may die."""
+        for phase in (p.Phase.DECODE, p.Phase.TRANSFORM):
+            self.worker.report(p.PhaseEntered(flight.flight_id, flight.pipeline, phase))
+            yield self.worker.random.uniform(0.0005, 0.003)
+        self.worker.report(p.PhaseEntered(flight.flight_id, flight.pipeline, p.Phase.DATABASE))
 
     def _report_flushed(self, flight: p.Flight, taken_at: float, result: cp.FlushResult, retries: int) -> None:
         now = self.world.now

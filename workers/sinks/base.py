@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from speedlayer.workers.protocol import Claim, Claimed, Fenced, Flight, Seed
+from speedlayer.workers.protocol import Claim, Claimed, Fenced, Flight, Phase, Seed
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,21 @@ class WriteOutcome:
     fenced: tuple[int, ...] = ()
 
 
+def _tell_nobody(flight: Flight, phase: Phase) -> None:
+    """A session without a supervisor has nobody to announce its phases to."""
+
+
 @dataclass(frozen=True)
 class SinkContext:
     """What a worker tells a sink when it opens it.
 
     ``transform`` turns the decoded record into the record to write, None to filter it out; what it raises makes a dead
     letter. ``log`` takes (level, message, fields).
+
+    ``announce`` is to be called by `SinkSession.write` before it enters a phase of a flight, in every attempt: DECODE
+    before the messages are looked at, TRANSFORM before the user's code, DATABASE before anything that may wait for the
+    destination. A worker that dies, or does not come to an end, in one of the first two puts the messages under
+    suspicion; in DATABASE it does not, nor where nothing is announced.
     """
 
     pipeline: str
@@ -38,6 +47,7 @@ class SinkContext:
     transform: Optional[Callable[[Any], Any]]
     log: Callable[[int, str, dict[str, Any]], None]
     application_name: str = "speedlayer"
+    announce: Callable[[Flight, Phase], None] = _tell_nobody
 
 
 class SinkSession(abc.ABC):

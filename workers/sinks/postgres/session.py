@@ -17,10 +17,10 @@ import psycopg2
 
 from speedlayer.workers import checkpoint
 from speedlayer.workers.checkpoint import Backend, Purpose
-from speedlayer.workers.decoding.json_records import DictDecoder, decode_flight
+from speedlayer.workers.decoding.json_records import DictDecoder, RecordDecoder, decode_flight
 from speedlayer.workers.decoding.records import DeadRecord, Records, apply_transform
 from speedlayer.workers.errors import ConnectionLost, SinkContended, SinkMisconfigured, SpeedlayerError
-from speedlayer.workers.protocol import Claim, Claimed, Fenced, Flight, LaneKey, Seed
+from speedlayer.workers.protocol import Claim, Claimed, Fenced, Flight, LaneKey, Phase, Seed
 from speedlayer.workers.sinks.base import SinkContext, SinkSession, WriteOutcome
 from speedlayer.workers.sinks.postgres.connection import Address, Connection, Slot
 from speedlayer.workers.sinks.postgres.failures import explain, message_of
@@ -119,6 +119,10 @@ class PostgreSQLSession(SinkSession):
         connection = self._open(self._flush)
         plan = self._current_plan(connection, flight)
         records = self._prepare(plan, flight) if plan else self._prepare_without_table(flight)
+        self._context.announce(flight, Phase.DATABASE)
+        if plan is not None and records.dead:
+            # A field without a column, or a value too long for one: was the column added or widened just now?
+            self._check_plan(plan)
         self._name_backend(connection, flight)
         with connection.cursor() as cursor:
             transaction = FlushTransaction(
@@ -178,7 +182,7 @@ class PostgreSQLSession(SinkSession):
 
     def _load(self, connection: Connection, flight: Flight) -> Optional[Table]:
         try:
-            return load_for(connection.raw, self._sink, flight, self._context.transform)
+            return load_for(connection.raw, self._sink, lambda: self._sample(flight))
         except psycopg2.Error as error:
             raise explain(error, connection.raw, f"reading the definition of {self._sink.table}") from error
 
@@ -196,21 +200,28 @@ class PostgreSQLSession(SinkSession):
 
     def _prepare(self, plan: _Plan, flight: Flight) -> Records:
         """Everything that needs no transaction: decode, transform, encode."""
-        transform = self._context.transform
-        records = decode_flight(flight, plan.writer.decoder(transformed=transform is not None))
-        if transform is not None:
-            records = apply_transform(records, transform)
-        records = plan.writer.prepare(records)
-        if records.dead:
-            # A field without a column, or a value too long for one: was the column added or widened just now?
-            self._check_plan(plan)
-        return records
+        transformed = self._context.transform is not None
+        return plan.writer.prepare(self._records(flight, plan.writer.decoder(transformed=transformed)))
+
+    def _records(self, flight: Flight, decoder: RecordDecoder) -> Records:
+        """Decode and transform, each announced before it begins."""
+        transform, announce = self._context.transform, self._context.announce
+        announce(flight, Phase.DECODE)
+        records = decode_flight(flight, decoder)
+        if transform is None:
+            return records
+        announce(flight, Phase.TRANSFORM)
+        return apply_transform(records, transform)
+
+    def _sample(self, flight: Flight) -> list[Any]:
+        """The flight's records, to make a table from."""
+        records = self._records(flight, DictDecoder())
+        self._context.announce(flight, Phase.DATABASE)
+        return records.rows
 
     def _prepare_without_table(self, flight: Flight) -> Records:
         """Nothing in the flight says what columns the new table should have: there are dead letters at most."""
-        records = decode_flight(flight, DictDecoder())
-        if self._context.transform is not None:
-            records = apply_transform(records, self._context.transform)
+        records = self._records(flight, DictDecoder())
         reason = f"{self._sink.table} is not made yet, and this record has no field to make it from"
         return records.bury([DeadRecord(ordinal, reason) for ordinal in records.ordinals])
 

@@ -12,10 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
-from speedlayer.workers.decoding.json_records import DictDecoder, decode_flight
-from speedlayer.workers.decoding.records import apply_transform
 from speedlayer.workers.errors import ConfigurationError, SinkMisconfigured
-from speedlayer.workers.protocol import Flight
 from speedlayer.workers.sinks.postgres.kinds import Kind, array_of, kind_of, without_key
 from speedlayer.workers.sinks.postgres.names import (
     TableName,
@@ -310,36 +307,26 @@ _BIGINT = range(-(2**63), 2**63)
 def load_for(
     connection: Connection,
     sink: PostgreSQLSink,
-    flight: Optional[Flight] = None,
-    transform: Optional[Callable[[Any], Any]] = None,
+    records: Callable[[], Sequence[Mapping[str, Any]]] = tuple,
 ) -> Optional[Table]:
     """The plan of the sink's table, its key checked; with ``create_table``, a missing table is made first.
 
-    The columns of a new table are the sink's ``columns``, else inferred from the flight's records (transformed). Making
-    it commits, so call this outside of a transaction. None when the table is to be made and the flight has no record
-    to make it from: then nothing of the flight can become a row (decode it with a `DictDecoder` for the dead letters).
+    The columns of a new table are the sink's ``columns``, else inferred from ``records()``, those of the flight at hand
+    (transformed). Making it commits, so call this outside of a transaction. None when the table is to be made and there
+    is no record to make it from: then nothing of the flight can become a row.
     """
     try:
         table = Table.load(connection, sink.table)
     except TableMissing:
         if not sink.create_table:
             raise
-        columns = dict(sink.columns) if sink.columns else _inferred(flight, transform)
+        columns = dict(sink.columns) if sink.columns else infer_columns(records())
         if not columns:
             return None
         create_table(connection, sink.table, columns, sink.key_columns)
         table = Table.load(connection, sink.table)
     table.key_of(sink)
     return table
-
-
-def _inferred(flight: Optional[Flight], transform: Optional[Callable[[Any], Any]]) -> dict[str, str]:
-    if flight is None:
-        return {}
-    records = decode_flight(flight, DictDecoder())
-    if transform is not None:
-        records = apply_transform(records, transform)
-    return infer_columns(records.rows)
 
 
 def infer_columns(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
