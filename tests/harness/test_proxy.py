@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import psycopg2
@@ -138,6 +139,42 @@ def test_stall_holds_back_and_heal_delivers(proxy: Proxy, way: str) -> None:
         proxy.heal()
         end.settimeout(5)
         assert end.recv(10) == b"held back"
+
+
+def test_a_slow_line_takes_its_time_and_loses_nothing(proxy: Proxy) -> None:
+    question = os.urandom(20_000)
+    with dial(proxy) as end:
+        started = time.monotonic()
+        assert ask(end, question) == question
+        quick_seconds = time.monotonic() - started
+        proxy.slow(bytes_per_second=20_000)
+        started = time.monotonic()
+        assert ask(end, question) == question
+        assert time.monotonic() - started >= max(0.9, quick_seconds)
+        proxy.heal()
+        started = time.monotonic()
+        assert ask(end, question) == question
+        assert time.monotonic() - started < 0.5
+
+
+def test_a_late_line_adds_its_latency_in_each_direction(proxy: Proxy) -> None:
+    with dial(proxy) as end:
+        proxy.slow(bytes_per_second=1_000_000, latency_seconds=0.3)
+        started = time.monotonic()
+        assert ask(end, b"hello") == b"hello"
+        assert 0.6 <= time.monotonic() - started < 2
+
+
+def test_what_travels_on_a_slow_line_arrives_at_once_when_it_heals(proxy: Proxy) -> None:
+    with dial(proxy) as end:
+        proxy.slow(bytes_per_second=1_000, latency_seconds=60)
+        end.sendall(b"hello")
+        end.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            end.recv(10)
+        proxy.heal()
+        end.settimeout(5)
+        assert end.recv(10) == b"hello"
 
 
 def test_a_server_that_is_away_resets_the_client(start_proxy: Callable[..., Proxy]) -> None:
