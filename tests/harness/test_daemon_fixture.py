@@ -98,16 +98,20 @@ def test_a_daemon_that_ends_at_once_is_told_with_its_log(start_daemon: Callable[
         start_daemon("[kafka]\nnonsense = 1\n")
 
 
-def test_a_child_dies_with_the_test_run() -> None:
+@pytest.mark.parametrize(
+    "start", ["child.start()", "thread = Thread(target=child.start); thread.start(); thread.join()"]
+)
+def test_a_child_dies_with_the_test_run(start: str) -> None:
     """Asked of the kernel at its start, so that it holds however the test run ends."""
     import subprocess
     import sys
 
     code = (
         "import os, pathlib, sys, tempfile\n"
+        "from threading import Thread\n"
         "from fixtures.processes import Child\n"
         "child = Child(['sleep', '600'], log=pathlib.Path(tempfile.mkdtemp(), 'log'))\n"
-        "child.start()\n"
+        f"{start}\n"
         "print(child.pid, flush=True)\n"
         "sys.stdin.read()\n"
     )
