@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from confluent_kafka import Message
 
 
-# Of each message: its offset, its timestamp, two lengths.
-NUMBERS_BYTES = 24
-
 # What stands for headers that confluent_kafka can not give us.
 UNREADABLE_HEADERS = [("headers with a name that is not UTF-8, which were not read", None)]
 
@@ -105,7 +102,7 @@ def _pack(messages: list[Message], headers: list[Any], header_sizes: list[int], 
         first.offset() or 0,
         last.offset() or 0,
         -1 if epoch is None else epoch,
-        len(joined_keys) + len(joined_values) + sum(header_sizes) + NUMBERS_BYTES * len(messages),
+        chunk.size_bytes,
         max(value_lengths) + max(key_lengths) + max(header_sizes),
         chunk,
     )

@@ -6,6 +6,7 @@ Each pipeline has a thread of its own, so that one whose table is locked or miss
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -16,7 +17,15 @@ from dataclasses import replace
 import msgspec
 
 from speedlayer.workers.errors import FateUnknown, SinkError
-from speedlayer.workers.protocol import FailureKind, Flight, FlushBlocked, FlushFailed, FlushReport, LaneKey
+from speedlayer.workers.protocol import (
+    EXIT_OUT_OF_MEMORY,
+    FailureKind,
+    Flight,
+    FlushBlocked,
+    FlushFailed,
+    FlushReport,
+    LaneKey,
+)
 from speedlayer.workers.reporter import Reporter, cut
 from speedlayer.workers.retry import FINISHING_WAIT_SECONDS, Block, block_of, let_go_of_frames, with_patience
 from speedlayer.workers.sinks.base import SinkSession, WriteOutcome
@@ -106,12 +115,31 @@ class FlushDesk:
         """Write what may still be written: a part whose lane was claimed again since is fenced without a question."""
         stale = [index for index, part in enumerate(flight.parts) if part.epoch < self._epoch_of(part.lane)]
         if not stale:
-            return self._session.write(flight)
+            return self._write_or_die(flight)
         fresh = [index for index in range(len(flight.parts)) if index not in set(stale)]
         if not fresh:
             return WriteOutcome(0.0, 0, 0, 0, tuple(stale))
-        outcome = self._session.write(msgspec.structs.replace(flight, parts=[flight.parts[index] for index in fresh]))
+        outcome = self._write_or_die(msgspec.structs.replace(flight, parts=[flight.parts[index] for index in fresh]))
         return replace(outcome, fenced=tuple(sorted([*stale, *(fresh[index] for index in outcome.fenced)])))
+
+    def _write_or_die(self, flight: Flight) -> WriteOutcome:
+        """Write it; without memory the process ends, so that the next one begins with all that there is.
+
+        Trying again here would fail for ever. If the supervisor sees that it happens while the same messages are
+        decoded or transformed, it sends fewer of them at a time, and finds the one that takes too much.
+        """
+        try:
+            return self._session.write(flight)
+        except MemoryError as error:
+            let_go_of_frames(error)
+            try:
+                self._reporter.log(
+                    logging.CRITICAL,
+                    f"no memory is left for a flight of {self._pipeline}; the worker ends, and is started again",
+                    {"pipeline": self._pipeline, "flight_id": flight.flight_id},
+                )
+            finally:
+                os._exit(EXIT_OUT_OF_MEMORY)
 
     def _report_failure(self, flight: Flight, error: BaseException) -> None:
         if isinstance(error, FateUnknown):

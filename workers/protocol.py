@@ -11,12 +11,20 @@ half-way through a write can not leave half a report behind.
 from __future__ import annotations
 
 import enum
+from array import array
+from bisect import bisect_left
 from typing import Union
 
 import msgspec
 
 # PIPE_BUF is 4,096 bytes on Linux; the connection adds a 4-byte length, the rest is slack.
 REPORT_LIMIT_BYTES = 4000
+
+# What each message of a chunk takes besides its key, value and headers: its offset, its timestamp, two lengths.
+NUMBERS_BYTES = 24
+
+# A worker that has no memory left ends with this exit code: what it was about to decode or transform may be to blame.
+EXIT_OUT_OF_MEMORY = 6
 
 
 class LaneKey(msgspec.Struct, frozen=True, order=True, array_like=True):
@@ -52,6 +60,50 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     values: bytes
     headers: dict[int, list[tuple[str, Union[bytes, None]]]]
 
+    @property
+    def size_bytes(self) -> int:
+        """What counts for the memory budget."""
+        headers = sum(len(name) + len(value or b"") for pairs in self.headers.values() for name, value in pairs)
+        return len(self.keys) + len(self.values) + headers + NUMBERS_BYTES * self.count
+
+    def count_below(self, offset: int) -> int:
+        """How many of its messages stand before the offset."""
+        return bisect_left(array("q", self.offsets), offset)
+
+    def offset_of(self, index: int) -> int:
+        """The offset of the message at ``index``."""
+        return array("q", self.offsets)[index]
+
+    def split(self, index: int, separator: bytes) -> tuple[Chunk, Chunk]:
+        """Cut it before the message at ``index``: two chunks, as if they had been read one after the other."""
+        if not 0 < index < self.count:
+            raise ValueError(f"a chunk of {self.count} messages can not be cut before the one at {index}")
+        long, short = array("q").itemsize * index, array("i").itemsize * index
+        keys = sum(length for length in array("i", self.key_lengths[:short]) if length > 0)
+        values = sum(length for length in array("i", self.value_lengths[:short]) if length > 0)
+        values += len(separator) * (index - 1)
+        first = Chunk(
+            index,
+            self.offsets[:long],
+            self.timestamps[:long],
+            self.key_lengths[:short],
+            self.value_lengths[:short],
+            self.keys[:keys],
+            self.values[:values],
+            {at: pairs for at, pairs in self.headers.items() if at < index},
+        )
+        rest = Chunk(
+            self.count - index,
+            self.offsets[long:],
+            self.timestamps[long:],
+            self.key_lengths[short:],
+            self.value_lengths[short:],
+            self.keys[keys:],
+            self.values[values + len(separator) :],
+            {at - index: pairs for at, pairs in self.headers.items() if at >= index},
+        )
+        return first, rest
+
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
     """One partition's share of a flight: the messages in ``[start, end)``, to be written under ``epoch`` and ``owner``.
@@ -85,12 +137,16 @@ class Flight(msgspec.Struct, frozen=True, tag="flight"):
 
     ``separator`` stands between the values of every chunk, commas included (`,"…",`), and between chunks when a worker
     joins them. It carries a secret nonce, so no message can imitate it.
+
+    ``condemned`` is the reason why every message of the flight goes to the dead letters unseen: neither decoded nor
+    transformed, since that has killed workers.
     """
 
     flight_id: int
     pipeline: str
     separator: bytes
     parts: list[Part]
+    condemned: Union[str, None] = None
 
 
 class Claim(msgspec.Struct, frozen=True, tag="claim"):

@@ -90,11 +90,24 @@ def _reason(pipeline: Mapping[str, Any]) -> str:
     stopped = _stopped(pipeline["lanes"])
     if stopped:
         reasons.append(f"{stopped} of {len(pipeline['lanes'])} partitions are stopped: see `speedlayer lag`")
+    reasons += [
+        f"{lane['topic']}/{lane['partition']} is {_quarantine(lane)}"
+        for lane in pipeline["lanes"]
+        if lane.get("quarantine")
+    ]
     return "; ".join(reasons) or NOTHING
 
 
 def _stopped(lanes: Sequence[Mapping[str, Any]]) -> int:
     return sum(lane["state"] == "stopped" for lane in lanes)
+
+
+def _quarantine(lane: Mapping[str, Any]) -> str:
+    found = lane.get("quarantine")
+    if not found:
+        return ""
+    offsets = f"offsets {found['first_offset']} to {found['last_offset']}"
+    return f"in quarantine: {offsets} are searched for what has killed {found['deaths']} workers ({found['how']})"
 
 
 def _workers(answer: Mapping[str, Any]) -> str:
@@ -145,7 +158,7 @@ def lag_text(lanes: list[dict[str, Any]]) -> str:
             amount(lane["high_watermark"]),
             amount(lane["lag"]),
             lane["state"],
-            lane["reason"] or NOTHING,
+            lane["reason"] or _quarantine(lane) or NOTHING,
         )
         for lane in lanes
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from speedlayer.supervisor.core.config import BALANCE_INTERVAL_SECONDS
 from speedlayer.supervisor.core.ledger import Lane, LaneState
 from speedlayer.supervisor.core.pipelines import Pipeline
+from speedlayer.supervisor.core.quarantine import Quarantine
 from speedlayer.supervisor.core.state import State
 from speedlayer.supervisor.core.workforce import Worker, WorkerState
 
@@ -17,12 +18,16 @@ from speedlayer.supervisor.core.workforce import Worker, WorkerState
 class Balance:
     """Spreads each pipeline's lanes over the workers."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, quarantine: Quarantine) -> None:
         self._state = state
+        self._quarantine = quarantine
         self._evened_at = 0.0
 
     def worker_for(self, lane: Lane) -> Worker | None:
-        """Choose the worker that claims a lane: the one with the fewest lanes of its pipeline, then of all."""
+        """Choose the worker that claims a lane: the one with the fewest lanes of its pipeline, then of all.
+
+        A quarantined lane waits for its ward, and the others avoid it: it is going to die.
+        """
         workforce = self._state.workforce
         # At the very first start claims go into the queues of workers that still boot, too: otherwise the one that is
         # ready first would get them all. A worker that starts again is not waited for.
@@ -31,6 +36,11 @@ class Balance:
             for worker in workforce
             if worker.state is WorkerState.READY or (worker.state is WorkerState.STARTING and worker.incarnation == 1)
         ]
+        if lane.suspicion is not None and lane.suspicion.quarantined:
+            ward = lane.suspicion.ward
+            able = [worker for worker in able if worker.name == ward]
+        else:
+            able = [worker for worker in able if not self._quarantine.is_dangerous(worker)] or able
         pipeline = lane.key.pipeline
         return min(able, key=lambda worker: (self._count(worker, pipeline), self._count(worker)), default=None)
 
@@ -52,7 +62,7 @@ class Balance:
 
     def _choose(self, pipeline: Pipeline) -> None:
         state = self._state
-        ready = state.workforce.ready()
+        ready = [worker for worker in state.workforce.ready() if not self._quarantine.is_dangerous(worker)]
         if len(ready) < 2 or any(lane.moving for lane in state.ledger.of_pipeline(pipeline.name)):
             return
         most = max(ready, key=lambda worker: self._count(worker, pipeline.name))

@@ -23,6 +23,7 @@ from speedlayer.supervisor.core.config import (
 from speedlayer.supervisor.core.events import Assigned, Inspected, Partition
 from speedlayer.supervisor.core.ledger import Lane, LaneState
 from speedlayer.supervisor.core.pipelines import Pipeline
+from speedlayer.supervisor.core.quarantine import Quarantine
 from speedlayer.supervisor.core.state import State
 from speedlayer.supervisor.core.workforce import Worker
 from speedlayer.workers.protocol import Claim, Claimed, Fenced, LaneKey, Seed
@@ -31,9 +32,10 @@ from speedlayer.workers.protocol import Claim, Claimed, Fenced, LaneKey, Seed
 class Claims:
     """Takes lanes from `PENDING` to `HELD`, from where they are fetched."""
 
-    def __init__(self, state: State, balance: Balance) -> None:
+    def __init__(self, state: State, balance: Balance, quarantine: Quarantine) -> None:
         self._state = state
         self._balance = balance
+        self._quarantine = quarantine
         self._routes = {
             (pipeline.config.group, topic): pipeline
             for pipeline in state.pipelines.values()
@@ -96,6 +98,7 @@ class Claims:
         lane.has_checkpoint = report.next_offset is not None
         if report.next_offset is not None:
             lane.begin_at(report.next_offset)
+            self._quarantine.written(lane)
             lane.check_at = self._state.now + QUIET_SECONDS
         if lane.state is LaneState.SEEDING:
             lane.topic_id, lane.seek = report.topic_id, None

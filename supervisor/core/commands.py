@@ -139,7 +139,7 @@ class Commands:
         target = _target(command.arguments.get("to"))
         lanes = self._lanes(command)
         for lane in lanes:
-            lane.seek = target
+            lane.seek, lane.suspicion = target, None
             lane.reason = f"an operator seeks {target}"
             self._state.reclaim(lane, f"an operator seeks {target}")
         self._waiting.append(WaitingSeek(command.token, tuple(lane.partition for lane in lanes)))

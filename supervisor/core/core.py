@@ -30,6 +30,7 @@ from speedlayer.supervisor.core.config import BOOT_ATTEMPTS, COMMIT_INTERVAL_SEC
 from speedlayer.supervisor.core.flow import Flow
 from speedlayer.supervisor.core.ledger import Lane, LaneState
 from speedlayer.supervisor.core.pipelines import Hold
+from speedlayer.supervisor.core.quarantine import Quarantine
 from speedlayer.supervisor.core.silence import why_silent
 from speedlayer.supervisor.core.snapshot import snapshot
 from speedlayer.supervisor.core.state import Lifecycle, State
@@ -45,9 +46,10 @@ class Core:
 
     def __init__(self, config: CoreConfig, seed: int = 0, worker_boot_exit_code: int = 1) -> None:
         self._state = State.new(config, seed)
-        self._flow = Flow(self._state)
-        self._balance = Balance(self._state)
-        self._claims = Claims(self._state, self._balance)
+        self._quarantine = Quarantine(self._state)
+        self._flow = Flow(self._state, self._quarantine)
+        self._balance = Balance(self._state, self._quarantine)
+        self._claims = Claims(self._state, self._balance, self._quarantine)
         self._commands = Commands(self._state, self._flow)
         self._worker_boot_exit_code = worker_boot_exit_code
         self._committed_at = 0.0
@@ -185,11 +187,12 @@ class Core:
         worker = state.workforce[event.worker]
         if worker.incarnation != event.incarnation or worker.state in (WorkerState.WAITING, WorkerState.EXITED):
             return
+        sought = self._quarantine.died(worker, event.exit_code)
         self._flow.lost_with(worker)
         if worker.state is WorkerState.FINISHING or not state.running:
             worker.state = WorkerState.EXITED
             return
-        worker.died(state.now)
+        worker.died(state.now, sought)
         state.log(
             WARNING,
             f"{worker.name} died (exit code {event.exit_code}); its partitions are claimed again, and it is started"

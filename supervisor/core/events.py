@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Optional, Union
 
 from speedlayer.workers.protocol import Chunk, Report
@@ -41,6 +41,24 @@ class Slice:
     size_bytes: int
     leader_epoch: int
     chunk: Chunk
+
+    def split(self, index: int, separator: bytes) -> tuple[Slice, Slice]:
+        """Cut it before the message at ``index``. Offsets without a message between the two go with the second.
+
+        The leader epoch is known of the last message alone.
+        """
+        first, rest = self.chunk.split(index, separator)
+        cut, size_bytes = first.offset_of(index - 1), min(first.size_bytes, self.size_bytes)
+        return (
+            replace(self, last=cut, end=cut + 1, count=index, size_bytes=size_bytes, leader_epoch=-1, chunk=first),
+            replace(
+                self,
+                first=rest.offset_of(0),
+                count=self.count - index,
+                size_bytes=self.size_bytes - size_bytes,
+                chunk=rest,
+            ),
+        )
 
 
 @dataclass(frozen=True)

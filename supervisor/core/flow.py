@@ -14,6 +14,7 @@ from speedlayer.supervisor.core.config import CONTENDED_TOLD_ATTEMPTS, FULL_PATI
 from speedlayer.supervisor.core.events import Polled, PositionMoved, Slice
 from speedlayer.supervisor.core.ledger import Lane, LaneState, OpenBatch
 from speedlayer.supervisor.core.pipelines import Hold, Pipeline
+from speedlayer.supervisor.core.quarantine import Quarantine, probe_size
 from speedlayer.supervisor.core.state import State
 from speedlayer.supervisor.core.workforce import FlightPart, FlightRecord, Worker
 from speedlayer.workers.errors import StreamingOverloadException
@@ -23,8 +24,9 @@ from speedlayer.workers.protocol import BlockKind, Flight, FlushBlocked, FlushFa
 class Flow:
     """Moves messages from the lanes' open batches into flights, and judges what comes back."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, quarantine: Quarantine) -> None:
         self._state = state
+        self._quarantine = quarantine
 
     # --- in: what was read --------------------------------------------------------------------------------------
 
@@ -86,6 +88,15 @@ class Flow:
             for lane in self._state.ledger.of_worker(worker.name)
             if lane.key.pipeline == pipeline.name and lane.epoch is not None and lane.batch.opened_at is not None
         ]
+        for lane in lanes:
+            if lane.quarantined and self._may_travel_alone(lane, pipeline, worker):
+                if lane.batch.size_bytes > room and worker.flights_of(pipeline.name):
+                    return False  # it goes as soon as the worker is idle
+                self._send_alone(lane, pipeline, worker)
+                return True
+        if self._quarantine.wants_silence(worker):
+            return False
+        lanes = [lane for lane in lanes if not lane.quarantined]
         ready = [lane for lane in lanes if self._is_ready(lane, pipeline)]
         if not ready:
             return False
@@ -124,14 +135,46 @@ class Flow:
             slices = lane.batch.take(rows, size_bytes, self._state.now)
             rows -= sum(piece.count for piece in slices)
             size_bytes -= sum(piece.size_bytes for piece in slices)
-            # Without a message left behind the part reaches to the position itself, past compaction and the like.
-            end = lane.expected if not lane.batch.slices else max(slices[-1].end, slices[-1].last + 1)
-            packed.append((lane, slices, end))
+            packed.append((lane, slices, self._end_of(lane, slices)))
             if rows <= 0 or size_bytes <= 0:
                 break
         return packed
 
-    def _send(self, pipeline: Pipeline, worker: Worker, packed: list[tuple[Lane, list[Slice], int]]) -> None:
+    @staticmethod
+    def _end_of(lane: Lane, slices: list[Slice]) -> int:
+        """Where a part ends: without a message left behind at the position itself, past compaction and the like."""
+        return lane.expected if not lane.batch.slices else max(slices[-1].end, slices[-1].last + 1)
+
+    # --- out: quarantine ----------------------------------------------------------------------------------------
+
+    def _may_travel_alone(self, lane: Lane, pipeline: Pipeline, worker: Worker) -> bool:
+        """Whether the next suspects of a quarantined lane can go: one flight at a time, and what was read of them."""
+        suspicion = lane.suspicion
+        assert suspicion is not None
+        if lane.in_flight or not (lane.expected >= suspicion.end or self._is_ready(lane, pipeline)):
+            return False
+        return not suspicion.needs_silence or self._quarantine.is_silent(worker)
+
+    def _send_alone(self, lane: Lane, pipeline: Pipeline, worker: Worker) -> None:
+        """Send the next suspects, or the condemned message, and nothing else."""
+        state, suspicion, config = self._state, lane.suspicion, pipeline.config
+        assert suspicion is not None
+        count = probe_size(lane.batch, suspicion)
+        if count:
+            slices = lane.batch.take_first(min(count, config.batch_rows), state.config.separator, state.now)
+        else:
+            slices = lane.batch.take(config.batch_rows, config.batch_bytes, state.now)
+        found = suspicion.condemned and count and slices[0].first >= suspicion.start
+        packed = [(lane, slices, self._end_of(lane, slices))]
+        self._send(pipeline, worker, packed, suspicion.verdict if found else None)
+
+    def _send(
+        self,
+        pipeline: Pipeline,
+        worker: Worker,
+        packed: list[tuple[Lane, list[Slice], int]],
+        condemned: Optional[str] = None,
+    ) -> None:
         state = self._state
         parts, notes = [], []
         rows = size_bytes = 0
@@ -141,16 +184,25 @@ class Flow:
             # Of the last message in the part: what was read and left behind may be of a later one.
             leader_epoch = slices[-1].leader_epoch if slices else lane.leader_epoch
             parts.append(Part(lane.key, lane.epoch, lane.owner, lane.dispatched, end, leader_epoch, chunks))
-            notes.append(FlightPart(lane.partition, lane.claim_id, lane.dispatched, end))
+            messages = sum(piece.count for piece in slices)
+            first, last = (slices[0].first, slices[-1].last) if slices else (end, end)
+            notes.append(FlightPart(lane.partition, lane.claim_id, lane.dispatched, end, messages, first, last))
             lane.dispatched = end
             lane.in_flight += 1
-            rows += sum(piece.count for piece in slices)
+            rows += messages
             size_bytes += sum(piece.size_bytes for piece in slices)
         flight_id = state.number()
         worker.flights[flight_id] = FlightRecord(
-            flight_id, pipeline.name, worker.name, tuple(notes), rows, size_bytes, state.now
+            flight_id,
+            pipeline.name,
+            worker.name,
+            tuple(notes),
+            rows,
+            size_bytes,
+            state.now,
+            condemned=condemned is not None,
         )
-        flight = Flight(flight_id, pipeline.name, state.config.separator, parts)
+        flight = Flight(flight_id, pipeline.name, state.config.separator, parts, condemned)
         state.act(Dispatch(worker.name, flight))
 
     # --- back: reports ------------------------------------------------------------------------------------------
@@ -164,6 +216,8 @@ class Flow:
         fenced = self._advance(record, frozenset(report.fenced))
         pipeline = self._state.pipelines[record.pipeline]
         self._count(pipeline, report)
+        if record.condemned:
+            pipeline.counters.condemned += report.dead_lettered
         self._judge(pipeline, report)
         return fenced
 
@@ -189,6 +243,7 @@ class Flow:
             else:
                 lane.flushed, lane.fenced_in_a_row, lane.uncommitted = part.end, 0, True
                 lane.check_at = self._state.now + QUIET_SECONDS if part.end > part.start else None
+                self._quarantine.written(lane)
         return lost
 
     def _count(self, pipeline: Pipeline, report: FlushReport) -> None:

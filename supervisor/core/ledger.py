@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from speedlayer.supervisor.core.events import Partition, Slice
+from speedlayer.supervisor.core.quarantine import Suspicion
 from speedlayer.workers.protocol import LaneKey
 
 
@@ -82,6 +83,28 @@ class OpenBatch:
         if self.opened_at is None:
             self.opened_at = now
 
+    def count_below(self, offset: int) -> int:
+        """How many messages it holds before the offset."""
+        whole = sum(piece.count for piece in self.slices if piece.last < offset)
+        return whole + sum(
+            piece.chunk.count_below(offset) for piece in self.slices if piece.first < offset <= piece.last
+        )
+
+    def take_first(self, count: int, separator: bytes, now: float) -> list[Slice]:
+        """Take so many messages out, oldest first; a slice is cut where it holds more."""
+        taken: list[Slice] = []
+        while count:
+            piece = self.slices.popleft()
+            if piece.count > count:
+                piece, rest = piece.split(count, separator)
+                self.slices.appendleft(rest)
+            taken.append(piece)
+            count -= piece.count
+            self.rows -= piece.count
+            self.size_bytes -= piece.size_bytes
+        self.opened_at = now if self.slices else None
+        return taken
+
     def take(self, rows: int, size_bytes: int, now: float) -> list[Slice]:
         """Take slices out, oldest first, while they fit; at least one, so that a huge message travels alone."""
         taken: list[Slice] = []
@@ -135,6 +158,7 @@ class Lane:
     batch: OpenBatch = field(default_factory=OpenBatch)
     in_flight: int = 0
     uncommitted: bool = False
+    suspicion: Optional[Suspicion] = None  # messages over which workers died; it outlives claims
     check_at: Optional[float] = None  # when the checkpoint is looked at again, if all stays quiet till then
 
     def move(self, state: LaneState, now: float, reason: str = "") -> None:
@@ -158,6 +182,11 @@ class Lane:
         self.inspect_not_before = self.check_at = None
         self.expected = self.dispatched = self.flushed
         return freed
+
+    @property
+    def quarantined(self) -> bool:
+        """Whether one of its messages is searched for that kills workers."""
+        return self.suspicion is not None and self.suspicion.quarantined
 
     @property
     def lag(self) -> Optional[int]:

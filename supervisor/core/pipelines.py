@@ -90,6 +90,8 @@ class Counters:
     fenced: int = 0
     retries: int = 0
     reclaims: int = 0
+    suspicious_deaths: int = 0  # of workers, over messages of one of its lanes
+    condemned: int = 0
     last_flush_seconds: Optional[float] = None
 
 

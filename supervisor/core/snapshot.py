@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 from speedlayer.supervisor.core.ledger import Lane
 from speedlayer.supervisor.core.pipelines import Hold, Pipeline
+from speedlayer.supervisor.core.quarantine import Suspicion
 from speedlayer.supervisor.core.state import State
 from speedlayer.supervisor.core.workforce import Worker
 
@@ -66,6 +67,9 @@ def _pipeline(state: State, pipeline: Pipeline) -> dict[str, Any]:
         "fenced": counters.fenced,
         "fenced_alarm": pipeline.fenced_alarm,
         "reclaims": counters.reclaims,
+        "suspicious_deaths": counters.suspicious_deaths,
+        "condemned": counters.condemned,
+        "quarantined_lanes": sum(lane.quarantined for lane in lanes),
         "last_flush_seconds": counters.last_flush_seconds,
         "buffered_bytes": pipeline.buffered_bytes,
         "assembled_rows": sum(lane.batch.rows for lane in lanes),
@@ -103,4 +107,17 @@ def _lane(lane: Lane) -> dict[str, Any]:
         "high_watermark": lane.high_watermark,
         "lag": lane.lag,
         "in_flight": lane.in_flight,
+        "quarantine": _quarantine(lane.suspicion),
+    }
+
+
+def _quarantine(suspicion: Optional[Suspicion]) -> Optional[dict[str, Any]]:
+    """Which messages of a lane are searched for the one that kills workers; ``last_offset`` is the last of them."""
+    if suspicion is None or not suspicion.quarantined:
+        return None
+    return {
+        "first_offset": suspicion.start,
+        "last_offset": suspicion.end - 1,
+        "deaths": suspicion.deaths,
+        "how": suspicion.how,
     }

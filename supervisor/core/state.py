@@ -130,6 +130,7 @@ class State:
         if lane.state is LaneState.FETCHING:
             self.act(Pause(lane.partition))
         lane.move(LaneState.STOPPED, self.now, reason)
+        lane.suspicion = None  # wherever it goes on, it begins anew
         self.drop(lane)
         self.log(ERROR, f"{lane.partition} is stopped: {reason}", **self.fields_of(lane), **fields)
 

@@ -24,7 +24,8 @@ class WorkerState(enum.Enum):
 
 @dataclass(frozen=True)
 class FlightPart:
-    """One part of a flight that is under way: which lane, after which of its claims, from where to where.
+    """One part of a flight that is under way: which lane, after which of its claims, from where to where. ``first`` and
+    ``last`` are the offsets of its first and last message, where there are any.
 
     It is the claim that tells an old flight from one of ours: a database that falls back to an earlier state (a
     fail-over, a restored backup) may give the same epoch twice.
@@ -34,6 +35,9 @@ class FlightPart:
     claim_id: int
     start: int
     end: int
+    messages: int
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,10 @@ class FlightRecord:
     rows: int
     size_bytes: int
     dispatched_at: float
+    condemned: bool = False
     phase: Optional[Phase] = None  # what the worker does with it; None while it waits, in the queue or blocked
     phase_since: float = 0.0
+    blocked: bool = False  # it waits for its next attempt
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class Worker:
         """A flight has come to a phase; None: it waits for its next attempt."""
         record = self.flights.get(flight_id)
         if record is not None:
-            self.flights[flight_id] = replace(record, phase=phase, phase_since=now)
+            self.flights[flight_id] = replace(record, phase=phase, phase_since=now, blocked=phase is None)
 
     def room(self, pipeline: str) -> int:
         """Bytes of a pipeline that may still be sent to it; 0 without credit.
@@ -104,12 +110,15 @@ class Worker:
             return 0
         return max(self.credit_bytes - sum(flight.size_bytes for flight in flights), 0 if flights else 1)
 
-    def died(self, now: float) -> None:
-        """Take note of the exit and set the time of the next start."""
+    def died(self, now: float, sought: bool = False) -> None:
+        """Take note of the exit and set the time of the next start: at once if quarantine has sought this death."""
         if self.state is WorkerState.STARTING:
             self.boot_failures += 1
         delay = min(RESTART_BACKOFF_LIMIT_SECONDS, RESTART_BACKOFF_SECONDS * 2**self.deaths_in_a_row)
-        self.deaths_in_a_row += 1
+        if sought:
+            delay = 0.0
+        else:
+            self.deaths_in_a_row += 1
         self.restarts += 1
         self.state, self.pid, self.start_at = WorkerState.WAITING, None, now + delay
         self.flights.clear()

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import dill
+import msgspec
 import multiprocess
 import pytest
 
 from fixtures.flights import OWNER, flight, lane, part
-from fixtures.postgres import execute, locked
-from fixtures.sessions import Opened, orders, session_of
+from fixtures.postgres import execute, locked, query
+from fixtures.sessions import Opened, counters, next_offset, order, orders, session_of
 from fixtures.waiting import wait_until
 from speedlayer.supervisor.worker_handle import WorkerHandle
 from speedlayer.workers import PostgreSQLSink
@@ -112,4 +113,20 @@ def test_the_last_word_of_a_worker_survives_its_crash(dsn: str) -> None:
     assert [x for x in reports if isinstance(x, PhaseEntered)] == [
         PhaseEntered(7, "orders", DECODE),
         PhaseEntered(7, "orders", TRANSFORM),
+    ]
+
+
+def test_a_condemned_message_is_dead_without_being_looked_at(dsn: str) -> None:
+    def look(record: Any) -> Any:
+        raise AssertionError("the transform sees it")
+
+    with session_of(dsn, transform=look) as opened:
+        parts = flight(part(list(orders(1)), epoch=opened.take(0)))
+        outcome = opened.session.write(msgspec.structs.replace(parts, condemned="killed its worker twice: signal 11"))
+        assert (outcome.rows, outcome.dead_lettered) == (0, 1)
+        assert opened.phases == [DATABASE]
+    assert next_offset(dsn) == 1
+    assert counters(dsn) == (0, 0, 1)
+    assert query(dsn, """SELECT "offset", encode(value, 'escape'), reason FROM speedlayer.dead_letters""") == [
+        (0, order(1).decode(), "killed its worker twice: signal 11")
     ]

@@ -166,6 +166,7 @@ class History:
             self.protocols,
             self.plan.late_polls,
         )
+        self.supervisors[slot].transform_seconds = self.plan.transform_seconds
         if self._recording:
             self.supervisors[slot].core.coverage = self.coverage  # type: ignore[attr-defined]
 
@@ -200,9 +201,12 @@ class History:
         log = self._log(wave.topic, wave.partition)
         log.leader_epoch += wave.new_leader
         random, start = self.random, log.end
-        for _ in range(wave.count):
+        deadly = set(random.sample(range(wave.count), min(wave.count, wave.deadly))) if wave.deadly else set()
+        for index in range(wave.count):
             luck = random.random()
             fate = "dead" if luck < wave.dead_ratio else "filtered" if luck < wave.dead_ratio + 0.1 else "row"
+            if index in deadly:
+                fate = "accomplice" if wave.accomplices else "poison"
             log.append(random.randrange(12), random.randrange(20, wave.largest_bytes), fate)
         if not wave.transaction_seconds:
             if log.stable == start:
@@ -321,6 +325,7 @@ class History:
                 worker.delay, worker.overload = 0.0, False
                 worker.thaw()
             supervisor.scout_delay, supervisor.boot_trouble = 0.0, False
+            supervisor.strikes.clear()
             supervisor.thaw()
             for consumer in supervisor.consumers.values():
                 consumer.reachable = consumer.coordinated = True

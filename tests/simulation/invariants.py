@@ -13,6 +13,7 @@ from simulation.kafka import COMPACTED, DONE, EXPIRED, PASSED, PENDING, Broker, 
 from simulation.postgres import Server, Transaction, Undo
 from speedlayer.supervisor.core import events as e
 from speedlayer.supervisor.core.ledger import Lane, LaneState
+from speedlayer.supervisor.core.quarantine import DEATHS_TO_CONDEMN
 from speedlayer.supervisor.core.workforce import WorkerState
 from speedlayer.workers.checkpoint import Move, SetStart
 from speedlayer.workers.protocol import LaneKey
@@ -56,6 +57,9 @@ class Auditor:
 
     def _flushed(self, server: Server, transaction: Transaction, settled: list[Message], undo: Undo) -> None:
         moves = {e.Partition(move.lane.group, move.lane.topic, move.lane.partition): move for move in transaction.moves}
+        for message in transaction.condemned:
+            if message.fate != "poison" and message.bystander < DEATHS_TO_CONDEMN:
+                raise Violation(f"{message} is condemned, and it has killed nobody")
         last: dict[e.Partition, int] = {}
         for message in transaction.rows:
             partition = message.log.partition

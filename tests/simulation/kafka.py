@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from typing import Optional
+from typing import Any, Optional
 
 from simulation.world import Process, World
 from speedlayer.supervisor.core import events as e
@@ -30,18 +30,49 @@ COMPACTED, EXPIRED = 1, 2
 
 
 class Message:
-    """One message. ``fate`` is what a worker will make of it: a row, nothing, or a dead letter."""
+    """One message. ``fate`` is what a worker will make of it: a row, nothing, or a dead letter; or what becomes of the
+    worker: "poison" kills it, "accomplice" does so where there are two of them in a flight, and is a row otherwise.
 
-    __slots__ = ("fate", "gone", "key", "leader_epoch", "log", "offset", "size", "status")
+    ``bystander`` counts the deaths of other causes at which it was all that its worker looked at.
+    """
+
+    __slots__ = ("bystander", "fate", "gone", "key", "leader_epoch", "log", "offset", "size", "status")
 
     def __init__(self, log: Log, offset: int, key: int, size: int, fate: str, leader_epoch: int) -> None:
         self.log, self.offset, self.key, self.size, self.fate = log, offset, key, size, fate
         self.leader_epoch = leader_epoch
         self.status = PENDING
         self.gone = 0
+        self.bystander = 0
 
     def __repr__(self) -> str:
         return f"{self.log.partition}@{self.offset}"
+
+
+class SimulatedChunk(Chunk, frozen=True):
+    """A chunk whose ``offsets`` are the messages themselves."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What counts for the memory budget."""
+        return sum(message.size for message in self.offsets)  # type: ignore[attr-defined]
+
+    def count_below(self, offset: int) -> int:
+        """How many of its messages stand before the offset."""
+        return sum(message.offset < offset for message in self.offsets)  # type: ignore[attr-defined]
+
+    def offset_of(self, index: int) -> int:
+        """The offset of the message at ``index``."""
+        return self.offsets[index].offset  # type: ignore[attr-defined,no-any-return]
+
+    def split(self, index: int, separator: bytes) -> tuple[Chunk, Chunk]:
+        """Cut it before the message at ``index``."""
+        return chunk_of(self.offsets[:index]), chunk_of(self.offsets[index:])
+
+
+def chunk_of(messages: Any) -> SimulatedChunk:
+    """Messages as one chunk."""
+    return SimulatedChunk(len(messages), tuple(messages), b"", b"", b"", b"", b"", {})  # type: ignore[arg-type]
 
 
 class Log:
@@ -405,7 +436,6 @@ class Consumer:
                     end = max(end, self.positions[partition])
                 self._ends[partition] = end
                 size = sum(message.size for message in piece)
-                chunk = Chunk(len(piece), tuple(piece), b"", b"", b"", b"", b"", {})  # type: ignore[arg-type]
                 slices.append(
                     e.Slice(
                         partition,
@@ -416,7 +446,7 @@ class Consumer:
                         len(piece),
                         size,
                         piece[-1].leader_epoch,
-                        chunk,
+                        chunk_of(piece),
                     )
                 )
         return slices

@@ -12,9 +12,11 @@ from dataclasses import replace
 from typing import Any, Optional
 from unittest.mock import patch
 
+from simulation.kafka import chunk_of
 from simulation.postgres import Server
 from simulation.worker import Protocols
 from speedlayer.supervisor.core import events as e
+from speedlayer.supervisor.core import flow, quarantine
 from speedlayer.supervisor.core.brake import ThreeStrikes
 from speedlayer.supervisor.core.claims import Claims
 from speedlayer.supervisor.core.commands import Commands
@@ -22,6 +24,7 @@ from speedlayer.supervisor.core.core import Core
 from speedlayer.supervisor.core.flow import Flow
 from speedlayer.supervisor.core.ledger import Lane, LaneState, OpenBatch
 from speedlayer.supervisor.core.pipelines import Hold, Pipeline
+from speedlayer.supervisor.core.quarantine import Suspicion
 from speedlayer.supervisor.core.state import State
 from speedlayer.supervisor.core.workforce import Worker, WorkerState
 from speedlayer.workers import checkpoint as cp
@@ -463,6 +466,82 @@ def bytes_are_not_given_back() -> Iterator[None]:
         lane.forget()
 
     return _patched(State, "drop", drop)
+
+
+# --- the core: quarantine -------------------------------------------------------------------------------------------
+
+
+@mutant
+def a_death_in_the_database_phase_counts() -> Iterator[None]:
+    """Whoever kills a worker while it writes puts the messages under suspicion."""
+    return _patched(quarantine, "MESSAGE_PHASES", frozenset(p.Phase))
+
+
+@mutant
+def one_lonely_death_condemns() -> Iterator[None]:
+    """A message that was alone when somebody killed its worker becomes a dead letter."""
+    return _patched(quarantine, "DEATHS_TO_CONDEMN", 1)
+
+
+@mutant
+def a_death_in_company_condemns() -> Iterator[None]:
+    """Two deaths over several messages make a dead letter of the first."""
+    return _patched(Suspicion, "condemned", property(lambda self: self.deaths >= 2))
+
+
+@mutant
+def nobody_is_ever_condemned() -> Iterator[None]:
+    """The guilty message is found, and sent again and again."""
+    return _patched(Suspicion, "condemned", property(lambda self: False))
+
+
+@mutant
+def the_search_begins_anew_with_every_death() -> Iterator[None]:
+    """What was suspected before is forgotten."""
+    original = quarantine.suspect
+    return _patched(quarantine, "suspect", lambda before, *arguments, **more: original(None, *arguments, **more))
+
+
+@mutant
+def the_search_never_halves() -> Iterator[None]:
+    """All suspects travel together each time."""
+    return _patched(flow, "probe_size", lambda batch, suspicion: batch.count_below(suspicion.end))
+
+
+@mutant
+def a_condemned_message_takes_its_neighbours_along() -> Iterator[None]:
+    """The flight to the dead letters carries all that was read."""
+    original = flow.probe_size
+
+    def probe_size(batch: OpenBatch, suspicion: Suspicion) -> int:
+        return batch.rows if suspicion.condemned else original(batch, suspicion)
+
+    return _patched(flow, "probe_size", probe_size)
+
+
+@mutant
+def a_condemned_message_is_skipped() -> Iterator[None]:
+    """The message that kills is left out, and its offset is passed without a dead letter."""
+    original = OpenBatch.take_first
+
+    def take_first(self: OpenBatch, count: int, separator: bytes, now: float) -> Any:
+        taken = original(self, count, separator, now)
+        guilty = count == 1 and taken[0].chunk.offsets[0].fate == "poison"  # type: ignore[attr-defined]
+        return [replace(taken[0], chunk=chunk_of([]), count=0)] if guilty else taken
+
+    return _patched(OpenBatch, "take_first", take_first)
+
+
+@mutant
+def a_slice_that_is_cut_loses_a_message() -> Iterator[None]:
+    """Half of the suspects begins one message late."""
+    original = e.Slice.split
+
+    def split(self: e.Slice, index: int, separator: bytes) -> Any:
+        first, rest = original(self, index, separator)
+        return first, replace(rest, chunk=chunk_of(rest.chunk.offsets[1:]))
+
+    return _patched(e.Slice, "split", split)
 
 
 # --- the core: commands and the end ---------------------------------------------------------------------------------

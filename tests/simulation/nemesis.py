@@ -13,6 +13,7 @@ from simulation.history import History
 from simulation.kafka import Log
 from simulation.supervisor import SimulatedSupervisor
 from simulation.worker import SimulatedWorker
+from speedlayer.workers import protocol as p
 
 Doing = Callable[[History, float, random.Random], Optional[str]]
 
@@ -81,6 +82,21 @@ def kill_worker(history: History, seconds: float, dice: random.Random) -> Option
         return None
     victim.exit(-9)
     return victim.name
+
+
+def kill_at_work(history: History, seconds: float, dice: random.Random) -> Optional[str]:
+    """One worker is killed while it looks at messages, or some, one after the other, while they write."""
+    victim = _some_supervisor(history, dice)
+    if victim is None:
+        return None
+    at, times = dice.choice(((p.Phase.TRANSFORM, 1), (p.Phase.DATABASE, 3)))
+    victim.strikes[at] = times
+
+    def undo() -> None:
+        victim.strikes.pop(at, None)
+
+    _later(history, seconds * 2, undo)
+    return f"{victim.name}'s next {times} in the phase {at.value}"
 
 
 def freeze_worker(history: History, seconds: float, dice: random.Random) -> Optional[str]:
@@ -434,6 +450,7 @@ FAULTS: dict[str, Doing] = {
     "freeze supervisor and workers": freeze_with_workers,
     "stop supervisor": stop_supervisor,
     "kill worker": kill_worker,
+    "kill worker at work": kill_at_work,
     "freeze worker": freeze_worker,
     "boot trouble": boot_trouble,
     "slow reports": slow_reports,

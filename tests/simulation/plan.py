@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True)
 class Wave:
-    """Messages that come at once. ``aborted``: in a transaction that is not committed."""
+    """Messages that come at once. ``aborted``: in a transaction that is not committed. ``deadly`` ones, at most so many
+    as there are, kill their worker: each of them, or where two ``accomplices`` meet.
+    """
 
     at: float
     topic: str
@@ -20,6 +22,8 @@ class Wave:
     transaction_seconds: float  # 0: no transaction
     aborted: bool
     new_leader: bool  # the partition has another leader since the wave before
+    deadly: int = 0
+    accomplices: bool = False
 
     def __str__(self) -> str:
         return f"{self.at:7.2f}  {self.count} messages into {self.topic}/{self.partition}"
@@ -66,6 +70,7 @@ class Plan:
     shutdown_deadline_seconds: float
     late_polls: bool
     ids_from_seconds: float  # when the brokers begin to tell topic ids
+    transform_seconds: float
     seconds: float
     waves: tuple[Wave, ...] = field(repr=False)
     faults: tuple[Fault, ...] = field(repr=False)
@@ -86,6 +91,7 @@ KINDS: dict[str, int] = {
     "freeze supervisor and workers": 4,
     "stop supervisor": 4,
     "kill worker": 8,
+    "kill worker at work": 6,
     "freeze worker": 5,
     "boot trouble": 2,
     "slow reports": 3,
@@ -118,6 +124,13 @@ KINDS: dict[str, int] = {
     "seek": 5,
     "status": 1,
 }
+
+
+# Every third history has messages that kill workers, in some of its waves, but not too many: to find one takes five
+# deaths and three seconds.
+DEADLY_HISTORIES = 0.33
+DEADLY_WAVES = 0.06
+MOST_DEADLY = 4
 
 
 def draw(seed: int) -> Plan:
@@ -155,6 +168,7 @@ def draw(seed: int) -> Plan:
         shutdown_deadline_seconds=dice.choice((1.0, 3.0, 8.0)),
         late_polls=dice.random() < 0.3,
         ids_from_seconds=dice.uniform(0.0, seconds) if dice.random() < 0.1 else 0.0,
+        transform_seconds=dice.choice((0.003, 0.003, 0.1)),
         seconds=seconds,
         waves=_waves(dice, topics, partitions, seconds, largest),
         faults=_faults(dice, seconds),
@@ -163,8 +177,11 @@ def draw(seed: int) -> Plan:
 
 def _waves(dice: random.Random, topics: list[str], partitions: int, seconds: float, largest: int) -> tuple[Wave, ...]:
     waves = []
+    left = MOST_DEADLY if dice.random() < DEADLY_HISTORIES else 0
     for _ in range(dice.randrange(20, 45)):
         transactional = dice.random() < 0.2
+        deadly = min(left, dice.choice((1, 1, 2, 3))) if left and dice.random() < DEADLY_WAVES else 0
+        left -= deadly
         waves.append(
             Wave(
                 at=dice.uniform(0.0, seconds),
@@ -176,6 +193,8 @@ def _waves(dice: random.Random, topics: list[str], partitions: int, seconds: flo
                 transaction_seconds=dice.uniform(0.05, 1.0) if transactional else 0.0,
                 aborted=transactional and dice.random() < 0.4,
                 new_leader=dice.random() < 0.15,
+                deadly=deadly,
+                accomplices=dice.random() < 0.25,
             )
         )
     return tuple(sorted(waves, key=lambda wave: wave.at))

@@ -16,7 +16,7 @@ from simulation.world import Process, Task, World
 from speedlayer.workers import checkpoint as cp
 from speedlayer.workers.checkpoint import Backend, Checkpoint, Counts
 from speedlayer.workers.errors import ConnectionLost, SinkContended, SinkError, SinkMisconfigured, SinkUnavailable
-from speedlayer.workers.protocol import LaneKey
+from speedlayer.workers.protocol import LaneKey, Part
 
 # As `speedlayer.workers.sinks.postgres` sets them, or near it.
 CLAIM_LOCK_TIMEOUT_SECONDS = 0.5
@@ -34,18 +34,45 @@ Reply = Callable[[Any, Optional[BaseException]], None]
 class Transaction:
     """What a backend has done since BEGIN."""
 
-    __slots__ = ("checkpoints", "dead", "filtered", "found_dead", "gaps", "moves", "purpose", "rows", "starts")
+    __slots__ = (
+        "checkpoints",
+        "condemned",
+        "dead",
+        "filtered",
+        "found_dead",
+        "gaps",
+        "moves",
+        "purpose",
+        "rows",
+        "starts",
+    )
 
     def __init__(self, purpose: cp.Purpose) -> None:
         self.purpose = purpose
         self.rows: list[Message] = []
         self.filtered: list[Message] = []
+        self.condemned: list[Message] = []
         self.found_dead: list[tuple[int, list[Message]]] = []
         self.dead: list[Message] = []
         self.moves: list[cp.Move] = []
         self.starts: list[cp.SetStart] = []
         self.gaps: list[cp.RecordGap] = []
         self.checkpoints: dict[LaneKey, Checkpoint] = {}
+
+
+class Rows(list[Part]):
+    """The parts to write; those of a condemned flight become dead letters, whatever is in them."""
+
+    def __init__(self, parts: list[Part], condemned: bool = False) -> None:
+        super().__init__(parts)
+        self.condemned = condemned
+
+
+def _becomes(message: Message, condemned: bool) -> str:
+    """What a worker makes of a message that it has survived."""
+    if condemned:
+        return "dead"
+    return "row" if message.fate == "accomplice" else message.fate
 
 
 class BackendProcess:
@@ -198,7 +225,7 @@ class Server:
         backend.transaction = Transaction(operation.purpose)
         reply(None, None)
 
-    def _write_rows(self, backend: BackendProcess, operation: cp.WriteRows, parts: Any, reply: Reply) -> None:
+    def _write_rows(self, backend: BackendProcess, operation: cp.WriteRows, parts: Rows, reply: Reply) -> None:
         pipeline = parts[0].lane.pipeline
         if self.full:
             raise SinkUnavailable("could not extend file: no space left on device", sqlstate="53100")
@@ -215,7 +242,8 @@ class Server:
             if backend.alive and backend.transaction is not None:
                 reply(self._wrote(backend.transaction, operation.parts, parts), None)
 
-        keys = sorted({(pipeline, message.key) for message in messages if message.fate == "row"}) if self.keyed else []
+        rows = [message for message in messages if _becomes(message, parts.condemned) == "row"]
+        keys = sorted({(pipeline, message.key) for message in rows}) if self.keyed else []
         fail = self._failing(reply)
         if pipeline in self.locked:
             waiter = Waiter(backend, None, lambda: self._acquire_rest(backend, keys, write, fail), fail)
@@ -228,22 +256,24 @@ class Server:
         return (0.004 + 0.002 * rows) * self.slowness * self.random.uniform(0.5, 2.0)
 
     @staticmethod
-    def _wrote(transaction: Transaction, indexes: tuple[int, ...], parts: Any) -> tuple[Counts, ...]:
+    def _wrote(transaction: Transaction, indexes: tuple[int, ...], parts: Rows) -> tuple[Counts, ...]:
         counts = []
         for index, part in zip(indexes, parts, strict=True):
             dead: list[Message] = []
             rows = filtered = 0
             for chunk in part.chunks:
                 for message in chunk.offsets:
-                    if message.fate == "row":
+                    fate = _becomes(message, parts.condemned)
+                    if fate == "row":
                         transaction.rows.append(message)
                         rows += 1
-                    elif message.fate == "filtered":
+                    elif fate == "filtered":
                         transaction.filtered.append(message)
                         filtered += 1
                     else:
                         dead.append(message)
             transaction.found_dead.append((index, dead))
+            transaction.condemned += dead if parts.condemned else []
             counts.append(Counts(rows, filtered, len(dead)))
         return tuple(counts)
 

@@ -99,6 +99,8 @@ class SimulatedSupervisor(Process):
         self.consumers: dict[str, Consumer] = {}
         self.exit_code: Optional[int] = None
         self.scout_delay = 0.0
+        self.strikes: dict[p.Phase, int] = {}  # how many workers are still to be killed in a phase
+        self.transform_seconds = 0.003
         self.boot_trouble = False  # workers die while they boot
         self.replies: dict[int, Any] = {}
         self.asked: dict[int, str] = {}
@@ -234,6 +236,7 @@ class SimulatedSupervisor(Process):
             self._reported,
             self._protocols,
         )
+        worker.strikes, worker.transform_seconds = self.strikes, self.transform_seconds
         worker.on_exit = lambda code: self.wake(self._worker_exited, worker, code)
         self.workers[action.worker] = worker
         if self.boot_trouble:

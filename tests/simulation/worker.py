@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from simulation.postgres import Link, Refresh, Server
+from simulation.postgres import Link, Refresh, Rows, Server
 from simulation.world import Mailbox, Process, Script, World
 from speedlayer.workers import checkpoint as cp
 from speedlayer.workers import protocol as p
@@ -24,6 +24,9 @@ from speedlayer.workers.errors import (
     StreamingOverloadException,
 )
 from speedlayer.workers.retry import FINISHING_ATTEMPTS, FINISHING_WAIT_SECONDS, Backoff, Block, block_of
+
+# SIGSEGV, of a map.
+KILLED_BY_A_MESSAGE = -11
 
 Deliver = Callable[["SimulatedWorker", p.Report], None]
 
@@ -59,6 +62,8 @@ class SimulatedWorker(Process):
         self.random = world.stream(f"worker {name} {incarnation}")
         self.protocols = protocols
         self.delay = 0.0  # what its reports take on top of the usual
+        self.strikes: dict[p.Phase, int] = {}  # how many workers of its supervisor are still to be killed in a phase
+        self.transform_seconds = 0.003  # at most, for each flight
         self.overload = False  # its sink raises StreamingOverloadException
         self.exiting = False
         self.finishing = False
@@ -101,6 +106,13 @@ class SimulatedWorker(Process):
         self._reports_at = max(self._reports_at, now + self.random.uniform(0.0002, 0.003) + self.delay)
         self.world.after(self._reports_at - now, self._deliver, self, report)
 
+    def enter(self, flight: p.Flight, phase: p.Phase) -> None:
+        """Announce a phase; somebody may be waiting for that."""
+        self.report(p.PhaseEntered(flight.flight_id, flight.pipeline, phase))
+        if self.strikes.get(phase, 0):
+            self.strikes[phase] -= 1
+            self.later(self.random.uniform(0.0, 0.002), self.exit, -9)
+
     def finished_one(self) -> None:
         """A flush thread has run out of work after `Finish`."""
         if all(desk.finished for desk in self.desks.values()):
@@ -116,6 +128,8 @@ class SimulatedWorker(Process):
         self.die()
         for desk in self.desks.values():
             desk.close(hard=code != 0)
+            if code != KILLED_BY_A_MESSAGE and len(desk.looked_at) == 1:
+                desk.looked_at[0].bystander += 1
         # Its exit is noticed after what it wrote has been read.
         delay = max(0.0, self._reports_at - self.world.now) + self.random.uniform(0.001, 0.05)
         self.world.after(delay, self.on_exit, code)
@@ -141,6 +155,7 @@ class PipelineDesk:
         self.world = worker.world
         self.flights = Mailbox()
         self.finished = False
+        self.looked_at: list[Any] = []  # what is being decoded or transformed
         self._flush_link: Optional[Link] = None
         self._claim_link: Optional[Link] = None
         self._named: dict[p.LaneKey, Any] = {}
@@ -195,7 +210,10 @@ class PipelineDesk:
 
     @staticmethod
     def _drive(
-        protocol: Generator[Any, Any, Any], link: Link, parts: Optional[list[p.Part]] = None
+        protocol: Generator[Any, Any, Any],
+        link: Link,
+        parts: Optional[list[p.Part]] = None,
+        condemned: bool = False,
     ) -> Generator[Any, Any, Any]:
         """`checkpoint.run`, with the thread waiting for each operation."""
         try:
@@ -203,7 +221,7 @@ class PipelineDesk:
             while True:
                 payload = None
                 if type(operation) is cp.WriteRows and parts is not None:
-                    payload = [parts[index] for index in operation.parts]
+                    payload = Rows([parts[index] for index in operation.parts], condemned)
                 try:
                     result = yield link.call(operation, payload)
                 except SinkError as error:
@@ -294,7 +312,10 @@ class PipelineDesk:
             raise StreamingOverloadException("the sink wants a rest", pause_seconds=0.5)
         reused = self._flush_link is not None and self._flush_link.open
         link = yield from self._flush_connection()
-        yield from self._look_at(flight, parts)
+        if flight.condemned is None:
+            yield from self._look_at(flight, parts)
+        else:
+            self.worker.enter(flight, p.Phase.DATABASE)
         stale = [x for x in parts if self._named.get(x.lane) != link.backend.identity]
         if stale:
             try:
@@ -304,7 +325,9 @@ class PipelineDesk:
                 pass  # a claim is under way; the next flush tries again
         self._began_at = self.world.now
         try:
-            return (yield from self._drive(self.worker.protocols.flush(parts), link, parts))
+            return (
+                yield from self._drive(self.worker.protocols.flush(parts), link, parts, flight.condemned is not None)
+            )
         except ConnectionLost:
             if reused and self.world.now - self._began_at < 0.01:
                 # It had died while it was idle: no news for anybody. (The session knows it by BEGIN having failed.)
@@ -312,11 +335,21 @@ class PipelineDesk:
             raise
 
     def _look_at(self, flight: p.Flight, parts: list[p.Part]) -> Script:
-        """Decode and transform: no time to speak of, but time in which the process may die."""
+        """Decode and transform, which takes a little time in which the process may die, and be it of a message."""
+        worker = self.worker
+        self.looked_at = [message for part in parts for chunk in part.chunks for message in chunk.offsets]
+        fates = [message.fate for message in self.looked_at]
+        deadly = "poison" in fates or fates.count("accomplice") > 1
         for phase in (p.Phase.DECODE, p.Phase.TRANSFORM):
-            self.worker.report(p.PhaseEntered(flight.flight_id, flight.pipeline, phase))
-            yield self.worker.random.uniform(0.0005, 0.003)
-        self.worker.report(p.PhaseEntered(flight.flight_id, flight.pipeline, p.Phase.DATABASE))
+            worker.enter(flight, phase)
+            yield worker.random.uniform(0.0005, worker.transform_seconds if self.looked_at else 0.001)
+            if deadly and worker.random.random() < 0.5:
+                break
+        if deadly:
+            worker.exit(KILLED_BY_A_MESSAGE)
+            yield 1.0  # which this process does not see
+        self.looked_at = []
+        worker.enter(flight, p.Phase.DATABASE)
 
     def _report_flushed(self, flight: p.Flight, taken_at: float, result: cp.FlushResult, retries: int) -> None:
         now = self.world.now

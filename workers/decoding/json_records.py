@@ -63,9 +63,14 @@ _FAULTS = (ValueError, RecursionError)
 
 
 def decode_flight(flight: Flight, decoder: RecordDecoder) -> Records:
-    """Decode every message of the flight; a message that is no JSON object becomes a `DeadRecord` with its reason."""
+    """Decode every message of the flight; a message that is no JSON object becomes a `DeadRecord` with its reason.
+
+    Of a condemned flight no message is looked at: all of them are dead for the reason that it carries.
+    """
     index = FlightIndex(flight)
     count = len(index)
+    if flight.condemned is not None:
+        return Records(index, [], range(0), dead=tuple(DeadRecord(each, flight.condemned) for each in range(count)))
     if not count:
         return Records(index, [], range(0))
     joined = index.joined()

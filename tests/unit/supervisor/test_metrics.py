@@ -25,7 +25,8 @@ def snapshot(**changes: Any) -> dict[str, Any]:
     stopped = {**lane, "partition": 4, "state": "stopped", "next_offset": None, "lag": None}
     pipeline = {
         "name": "orders", "holds": {"overloaded": "three strikes"}, "slow_count": 2, "overload_count": 1,
-        "rows": 1000, "filtered": 5, "dead_lettered": 2, "flushes": 10, "retries": 1, "fenced": 0, "reclaims": 0,
+        "rows": 1000, "filtered": 5, "dead_lettered": 2, "condemned": 1, "quarantined_lanes": 1,
+        "suspicious_deaths": 9, "flushes": 10, "retries": 1, "fenced": 0, "reclaims": 0,
         "last_flush_seconds": 0.25, "buffered_bytes": 4096, "in_flight_rows": 7, "rows_per_second": 50.5,
         "consumed_per_second": 60.0, "lag": 30, "lanes": [lane, stopped],
     }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from fixtures.flights import SEPARATOR, flight, part
 from fixtures.tables import column, sink, table
 from speedlayer.workers.decoding.exact import ExactFloat
 from speedlayer.workers.decoding.json_records import BLOCK_MESSAGES, DictDecoder, decode_flight
+from speedlayer.workers.decoding.records import DeadRecord
 from speedlayer.workers.sinks.postgres.write import TableWriter
 
 GOOD = b'{"id": 1}'
@@ -235,3 +237,19 @@ def test_a_float_is_one_for_arithmetic_and_keeps_its_digits() -> None:
 def test_without_exact_numbers_a_float_is_pythons_own() -> None:
     (row,) = decode_flight(flight(part([b'{"price": 12.30}'])), DictDecoder(exact=False)).rows
     assert type(row["price"]) is float
+
+
+def test_the_messages_of_a_condemned_flight_are_dead_unseen() -> None:
+    condemned = msgspec.structs.replace(flight(part([b"{}", b"[", None])), condemned="killed its worker twice")
+    records = decode_flight(condemned, Untouchable())
+    assert not records.rows
+    assert records.dead == tuple(DeadRecord(ordinal, "killed its worker twice") for ordinal in range(3))
+    assert records.counts() == [(0, 0, 3)]
+
+
+class Untouchable(DictDecoder):
+    def decode_many(self, array: bytes) -> list[Any]:
+        raise AssertionError("somebody looks at it")
+
+    def decode_one(self, message: bytes) -> Any:
+        raise AssertionError("somebody looks at it")

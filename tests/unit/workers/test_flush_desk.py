@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
+
+import pytest
 
 from fixtures.flights import Pipe, lane
 from fixtures.waiting import wait_until
@@ -17,6 +20,7 @@ from speedlayer.workers.errors import (
 )
 from speedlayer.workers.flushing import FlushDesk
 from speedlayer.workers.protocol import (
+    EXIT_OUT_OF_MEMORY,
     BlockKind,
     Claim,
     Claimed,
@@ -214,3 +218,24 @@ def test_a_request_to_finish_ends_a_long_wait_and_gives_up_what_can_not_be_writt
         (1, FailureKind.ABANDONED),
         (2, FailureKind.ABANDONED),
     ]
+
+
+def test_without_memory_the_process_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is tried again here: the supervisor is to see what the worker was looking at."""
+
+    def write(flight: Flight) -> WriteOutcome:
+        raise MemoryError
+
+    codes: list[int] = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        sys.exit(code)  # ends the desk's thread
+
+    monkeypatch.setattr("speedlayer.workers.flushing.os._exit", leave)
+    desk = Desk(write)
+    desk.fly(1)
+    with contextlib.suppress(SystemExit):
+        desk.desk._handle_next()
+    assert codes == [EXIT_OUT_OF_MEMORY]
+    assert "no memory is left" in desk.pipe.of(WorkerLog)[0].message

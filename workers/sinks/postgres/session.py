@@ -206,6 +206,8 @@ class PostgreSQLSession(SinkSession):
     def _records(self, flight: Flight, decoder: RecordDecoder) -> Records:
         """Decode and transform, each announced before it begins."""
         transform, announce = self._context.transform, self._context.announce
+        if flight.condemned is not None:
+            return decode_flight(flight, decoder)  # which does not look at it
         announce(flight, Phase.DECODE)
         records = decode_flight(flight, decoder)
         if transform is None:

@@ -112,6 +112,16 @@ def test_lag_shows_each_partition_and_the_sum(daemon: Daemon) -> None:
     assert "offsets 5 to 9 are gone" in output
 
 
+def test_status_and_lag_show_a_partition_in_quarantine(daemon: Daemon) -> None:
+    searched = {"first_offset": 7, "last_offset": 9, "deaths": 3, "how": "signal 11 (SIGSEGV), in the phase decode"}
+    pipeline = {**PIPELINE, "lanes": [{**LANE, "quarantine": searched}, {**LANE, "partition": 1, "quarantine": None}]}
+    daemon.answers["status"] = daemon.answers["lag"] = {**STATUS, "pipelines": [pipeline]}
+    said = "in quarantine: offsets 7 to 9 are searched for what has killed 3 workers (signal 11 (SIGSEGV), in the"
+    assert f"orders/0 is {said}" in daemon.run("status").output
+    output = daemon.run("lag").output
+    assert output.count(said) == 1
+
+
 def test_lag_as_json_has_the_sum_and_the_partitions(daemon: Daemon) -> None:
     read = json.loads(daemon.run("lag", "orders", "--json").output)
     assert read["lag"] == 1500
