@@ -2,9 +2,10 @@
 
 A worker that dies while it decodes or transforms puts the messages of that flight under suspicion. Once means nothing:
 somebody may have killed it. When it happens a second time over the same messages, their lane goes into quarantine: its
-flights carry nothing else, one at a time, and half of the suspects each. A half that is written is acquitted; one that
-kills again is all that is suspected from then on. A message that has killed twice while nothing else was under way is
-condemned: the next flight carries it to the dead letters unseen, and the lane goes on as before.
+flights carry nothing else, one at a time, and half of the suspects each (at first all of them, if other lanes shared
+the deaths). What is written is acquitted; what kills again is all that is suspected from then on. A message that has
+killed twice while nothing else was under way is condemned: the next flight carries it to the dead letters unseen, and
+the lane goes on as before.
 
 What kills only together with others is acquitted in pieces, and thereby written. Suspicion belongs to the lane, and
 ends with its revocation: the next owner begins anew.
@@ -23,7 +24,7 @@ from speedlayer.workers.protocol import EXIT_OUT_OF_MEMORY, Phase
 if TYPE_CHECKING:
     from speedlayer.supervisor.core.ledger import Lane, OpenBatch
     from speedlayer.supervisor.core.state import State
-    from speedlayer.supervisor.core.workforce import FlightPart, FlightRecord, Worker
+    from speedlayer.supervisor.core.workforce import FlightRecord, Worker
 
 # The phases in which a message can be to blame.
 MESSAGE_PHASES = frozenset({Phase.DECODE, Phase.TRANSFORM})
@@ -41,13 +42,15 @@ _SIGNALS = {4: "SIGILL", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE", 9: "SIGKILL", 1
 class Suspicion:
     """Messages of one lane, in ``[start, end)``, over which workers have died.
 
-    ``single``: there is one message in the range. ``alone`` counts the deaths at which it was all that the worker was
+    ``shared``: messages of other lanes were in the last flight, too. ``single``: there is one message in the range.
+    ``alone`` counts the deaths at which it was all that the worker was
     looking at. ``ward`` is the worker that the lane keeps to in quarantine.
     """
 
     start: int
     end: int
     deaths: int = 1
+    shared: bool = False
     single: bool = False
     alone: int = 0
     how: str = ""
@@ -74,21 +77,19 @@ class Suspicion:
         return f"killed its worker twice: {self.how}"
 
 
-def suspect(
-    before: Optional[Suspicion], start: int, end: int, *, single: bool = False, alone: bool = False, how: str = ""
-) -> Suspicion:
-    """What is suspected after a death over ``[start, end)``: what is guilty of this one and of those before."""
-    low, high = (max(start, before.start), min(end, before.end)) if before is not None else (0, 0)
-    if before is None or low >= high:
-        return Suspicion(start, end, single=single, alone=int(alone), how=how)
+def suspect(before: Optional[Suspicion], death: Suspicion) -> Suspicion:
+    """What is suspected after one more death: what is guilty of this one and of those before."""
+    if before is None or max(death.start, before.start) >= min(death.end, before.end):
+        return death
     return replace(
         before,
-        start=low,
-        end=high,
+        start=max(death.start, before.start),
+        end=min(death.end, before.end),
         deaths=before.deaths + 1,
-        single=before.single or single,
-        alone=before.alone + alone,
-        how=how,
+        shared=death.shared,
+        single=before.single or death.single,
+        alone=before.alone + death.alone,
+        how=death.how,
     )
 
 
@@ -102,13 +103,16 @@ def acquit(before: Optional[Suspicion], written: int) -> Optional[Suspicion]:
 def probe_size(batch: OpenBatch, suspicion: Suspicion) -> int:
     """How many messages of the batch the next flight shall carry: half of the suspects; 0: no suspect is among them.
 
-    Where the database fell back to before the suspects, what stands before them goes first.
+    Where other lanes have shared the deaths, all of them: most lanes are innocent, and freed by it at once. Where the
+    database fell back to before the suspects, what stands before them goes first.
     """
     before = batch.count_below(suspicion.start)
     if before:
         return before
     suspects = batch.count_below(suspicion.end)
-    return min(suspects, 1) if suspicion.single else min(suspects, max(1, suspects // 2))
+    if suspicion.single:
+        return min(suspects, 1)
+    return suspects if suspicion.shared else min(suspects, max(1, suspects // 2))
 
 
 def how_it_died(exit_code: Optional[int]) -> str:
@@ -141,16 +145,23 @@ class Quarantine:
         for record in records:
             how = worker.killed.reason if worker.killed is not None else how_it_died(exit_code)
             assert record.phase is not None
-            how = f"{how}, in the phase {record.phase.value}"
+            death = Suspicion(
+                0,
+                0,
+                shared=sum(part.messages > 0 for part in record.parts) > 1,
+                single=record.rows == 1,
+                alone=int(record.rows == 1 and len(records) == 1),
+                how=f"{how}, in the phase {record.phase.value}",
+            )
             for part in record.parts:
                 lane = self._state.ledger.get(part.partition)
                 if lane is not None and lane.claim_id == part.claim_id and part.messages:
-                    sought |= self._note(lane, part, record.rows == 1, record.rows == 1 and len(records) == 1, how)
+                    sought |= self._note(lane, replace(death, start=part.first, end=part.last + 1))
         return sought
 
-    def _note(self, lane: Lane, part: FlightPart, single: bool, alone: bool, how: str) -> bool:
+    def _note(self, lane: Lane, death: Suspicion) -> bool:
         before = lane.suspicion
-        after = suspect(before, part.first, part.last + 1, single=single, alone=alone, how=how)
+        after = suspect(before, death)
         if after.quarantined and not after.ward:
             assert lane.worker is not None
             after = replace(after, ward=self.ward() or lane.worker)
@@ -159,7 +170,8 @@ class Quarantine:
         self._tell(lane, before, after)
         if before is None or not before.quarantined:
             return False
-        return after.end - after.start < before.end - before.start or after.alone > before.alone
+        narrower = after.end - after.start < before.end - before.start
+        return narrower or after.alone > before.alone or after.shared < before.shared
 
     def _tell(self, lane: Lane, before: Optional[Suspicion], after: Suspicion) -> None:
         where = f"{lane.partition}, offsets {after.start} to {after.end - 1}"

@@ -499,7 +499,7 @@ def nobody_is_ever_condemned() -> Iterator[None]:
 def the_search_begins_anew_with_every_death() -> Iterator[None]:
     """What was suspected before is forgotten."""
     original = quarantine.suspect
-    return _patched(quarantine, "suspect", lambda before, *arguments, **more: original(None, *arguments, **more))
+    return _patched(quarantine, "suspect", lambda before, death: original(None, death))
 
 
 @mutant

@@ -202,7 +202,7 @@ def test_a_quarantined_lane_travels_alone_one_flight_at_a_time_with_half_of_the_
             sizes.append([part.messages for part in lab.flights[0].parts if part.lane.partition == 0])
             lab.work()
     check(lab, (0, 0))
-    assert [each for each in sizes if each][:7] == [[8], [8], [4], [2], [1], [1], [1]]
+    assert [each for each in sizes if each][:7] == [[8], [8], [8], [4], [2], [1], [1]]
 
 
 def test_the_rest_goes_on_at_full_speed_when_the_message_is_found() -> None:
@@ -721,7 +721,7 @@ def test_a_death_is_told_in_words(exit_code: Optional[int], words: str) -> None:
 def test_what_is_suspected_is_guilty_of_all_the_deaths(
     before: Optional[tuple[int, int, int]], start: int, end: int, after: tuple[int, int, int]
 ) -> None:
-    found = suspect(Suspicion(*before) if before else None, start, end)
+    found = suspect(Suspicion(*before) if before else None, Suspicion(start, end))
     assert (found.start, found.end, found.deaths) == after
 
 
@@ -742,6 +742,8 @@ def test_what_is_written_is_acquitted(written: int, left: Optional[tuple[int, in
         (Suspicion(0, 2, 2), 1),
         (Suspicion(0, 1, 2), 1),
         (Suspicion(0, 10, 2, single=True), 1),
+        (Suspicion(0, 10, 2, shared=True), 10),
+        (Suspicion(0, 7, 2, shared=True), 7),
         (Suspicion(4, 8, 2), 4),
         (Suspicion(0, 0, 2), 0),
     ],
