@@ -5,6 +5,10 @@ unassigning and assigning at the ledger's offset: librdkafka's own pause throws 
 takes about a second to resume, where a new assignment takes a few milliseconds. So there is no set of paused partitions
 that could be forgotten, and no seek.
 
+librdkafka waits until a time of day: after a step back of the clock its waits end that much later, and its main thread
+sends no heartbeats meanwhile (its issue 2145). So it is never asked to wait here, and its main thread is woken now and
+then.
+
 Callbacks never raise: an exception out of `consume()` destroys messages that librdkafka has already moved past.
 """
 
@@ -34,6 +38,14 @@ COMMIT_METADATA = "speedlayer"
 
 # One consume() call returns at most this many messages; more do not make it cheaper.
 CONSUME_LIMIT = 10_000
+
+# While fewer messages are there than may be read, we look so often. More often costs an idle daemon more of a core (now
+# about 1 %), and less often delays a reader whose prefetch is small.
+LOOK_INTERVAL_SECONDS = 0.005
+
+# librdkafka's main thread is given something to do at least this often: less than a heartbeat's interval is not needed,
+# since only a session that times out does harm.
+WAKE_INTERVAL_SECONDS = 1.0
 
 # Before the first message nothing is known of their size, and a first call must not blow the budget.
 FIRST_GUESS_BYTES = 64 * 1024
@@ -147,6 +159,7 @@ class GroupConsumer:
         self._ends: dict[e.Partition, int] = {}  # where the last event said that a partition stands
         self._largest_bytes = float(FIRST_GUESS_BYTES)
         self._positions_at = 0.0
+        self._woken_at = 0.0
         self.message_bytes = limits.message_bytes  # of one message, what librdkafka does not count: seen lately
         self._interrupted: Optional[str] = None
         properties = consumer_properties(kafka, group, limits)
@@ -201,7 +214,7 @@ class GroupConsumer:
         wanted = int(allowance_bytes / (self._largest_bytes + MESSAGE_OVERHEAD_BYTES))
         number = max(1, min(wanted, CONSUME_LIMIT, self._limits.batch_rows))
         try:
-            messages = self._consumer.consume(number, timeout_seconds)
+            messages = self._consume(number, timeout_seconds)
         except Exception as error:  # whatever it is: messages may be lost inside librdkafka
             self._interrupted = repr(error)
             messages = []
@@ -214,6 +227,19 @@ class GroupConsumer:
         events.append(e.Polled(time.monotonic(), self.group, tuple(slices)))
         events.extend(self._moved_positions(generations))
         return events
+
+    def _consume(self, number: int, timeout_seconds: float) -> list[Message]:
+        """`consume()` with a timeout on the monotonic clock."""
+        now = time.monotonic()
+        deadline = now + timeout_seconds
+        if now - self._woken_at >= WAKE_INTERVAL_SECONDS:
+            self._woken_at = now
+            self._consumer.memberid()  # changes nothing, and is answered by the main thread
+        messages: list[Message] = self._consumer.consume(number, 0)
+        while len(messages) < number and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, LOOK_INTERVAL_SECONDS))
+            messages += self._consumer.consume(number - len(messages), 0)
+        return messages
 
     def _sorted_out(
         self, messages: list[Message], generations: dict[e.Partition, int]

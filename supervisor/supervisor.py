@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("speedlayer")
 
-# The longest that one turn of the loop waits for messages. consume() waits it out whenever fewer come than it may
-# return, and reports wait meanwhile.
+# The longest that one turn of the loop waits for messages. It is waited out whenever fewer come than may be read, and
+# reports wait meanwhile.
 POLL_TIMEOUT_SECONDS = 0.02
 
 # While nothing may be read, reports are waited for this long, and consume() is called this often for its callbacks

@@ -25,6 +25,9 @@ from fixtures.workspace import private_folder
 HOUR = 3600.0
 TELL = "import sys, time\nfor _ in sys.stdin: print(time.time(), time.monotonic(), flush=True)"
 
+# After which a silent member loses its partitions, by both protocols (see fixtures.kafka and pipeline_toml).
+SESSION_SECONDS = 6.0
+
 # A busy machine may take this long between two looks at a clock.
 SLACK_SECONDS = 30.0
 
@@ -79,17 +82,17 @@ def test_the_time_of_day_steps_both_ways_and_the_monotonic_clock_does_not(clock:
 
 
 WAIT = """
-import multiprocessing, sys, time
+import multiprocessing, sys, threading, time
 lock = multiprocessing.Lock()
 lock.acquire()
-print("waiting", flush=True)
+threading.Timer(0.5, print, ["waiting"], {"flush": True}).start()  # said when it does
 started = time.monotonic()
 lock.acquire(timeout=float(sys.argv[1]))
 print(time.monotonic() - started, flush=True)
 """
 
 
-@pytest.mark.parametrize(("timeout_seconds", "step", "least", "most"), [(60, HOUR, 0, 30), (1, -3, 3.9, 30)])
+@pytest.mark.parametrize(("timeout_seconds", "step", "least", "most"), [(60, HOUR, 0, 30), (3, -3, 5.9, 30)])
 def test_a_wait_until_a_time_of_day_follows_the_step(
     clock: SteppedClock, timeout_seconds: float, step: float, least: float, most: float
 ) -> None:
@@ -155,8 +158,37 @@ def test_a_daemon_writes_on_and_once_while_its_clock_steps_an_hour_both_ways(
         sent = producer.stop()
         daemon.wait_until_caught_up(kafka.end_offsets(topic), topic)
         assert sorted(daemon.worker_pids()) == workers, "no worker was taken for dead"
+        assert daemon.log_text().count("assigned 4 partitions") == 1, "the group did not take it for dead"
         assert daemon.stop() == 0
     assert sorted(query(postgres_dsn, "SELECT n FROM kept")) == [(n,) for n in range(sent)]
+
+
+@pytest.mark.parametrize("protocol", ["classic", "consumer"])
+def test_an_idle_daemon_answers_and_keeps_its_partitions_when_its_clock_is_set_back(
+    clock: SteppedClock, kafka: Broker, postgres_dsn: str, topic: str, protocol: str
+) -> None:
+    """Left alone, librdkafka would wait until its clock is where it was: no heartbeat, no answer, no stop."""
+    execute(postgres_dsn, "CREATE TABLE kept (n int)")
+    source = pipeline_toml(
+        bootstrap_servers=kafka.bootstrap_servers,
+        group_id=f"stepped-{topic}",
+        dsn=postgres_dsn,
+        topic=topic,
+        table="kept",
+        kafka={"group.protocol": protocol},
+    )
+    with private_folder("daemon") as folder, contextlib.ExitStack() as cleanup:
+        daemon = Daemon(folder, source, env=clock.env)
+        cleanup.callback(daemon.close)
+        daemon.start()
+        clock.step(-HOUR)
+        holds_for(lambda: daemon.call("status", timeout_seconds=5), "it answers", seconds=2 * SESSION_SECONDS)
+        kafka.produce(topic, map(message, range(100)))
+        daemon.wait_until_caught_up(kafka.end_offsets(topic), topic, timeout_seconds=10)
+        assert daemon.stop(timeout_seconds=10) == 0
+        assert daemon.log_text().count("assigned 4 partitions") == 1
+        assert "lost" not in daemon.log_text()
+    assert sorted(query(postgres_dsn, "SELECT n FROM kept")) == [(n,) for n in range(100)]
 
 
 def message(number: int) -> Message:
