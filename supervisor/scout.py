@@ -18,6 +18,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Optional, Union
 
 from confluent_kafka import (
+    OFFSET_INVALID,
     Consumer,
     IsolationLevel,
     KafkaError,
@@ -57,6 +58,10 @@ class Survey:
     """Look at the watermarks and topic ids of these partitions."""
 
     partitions: tuple[e.Partition, ...]
+
+
+class NoOffset(Exception):
+    """The broker was asked for an offset and told none; the text names the partition."""
 
 
 Question = Union[Inspect, Survey, None]
@@ -214,6 +219,10 @@ class Scout:
             asked, isolation_level=self._isolation, request_timeout=QUESTION_TIMEOUT_SECONDS
         )
         found = {(x.topic, x.partition): _answer(future).offset for x, future in futures.items()}
+        # While a partition's leader changes, librdkafka may answer without an error and without an offset.
+        unknown = [f"{topic}/{partition}" for (topic, partition), offset in found.items() if offset == OFFSET_INVALID]
+        if unknown:
+            raise NoOffset(f"the broker tells no offset of {', '.join(unknown)} (its leader changes)")
         return {partition: found[partition.topic, partition.partition] for partition in wanted}
 
     def _committed(self, group: str, wanted: list[e.Partition]) -> dict[e.Partition, tuple[int, bool]]:
@@ -250,7 +259,9 @@ def _by_group(asked: list[Inspect]) -> dict[str, list[Inspect]]:
 
 
 def _text_of(error: Exception) -> str:
-    return str(error.args[0].str()) if isinstance(error, KafkaException) else repr(error)
+    if isinstance(error, KafkaException):
+        return str(error.args[0].str())
+    return str(error) if isinstance(error, NoOffset) else repr(error)
 
 
 def _answer(future: Future[Any]) -> Any:
