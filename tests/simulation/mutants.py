@@ -6,7 +6,7 @@ docstring. Rules that others make up for are not here: without the compare-and-s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Optional
@@ -24,7 +24,7 @@ from speedlayer.supervisor.core.core import Core
 from speedlayer.supervisor.core.flow import Flow
 from speedlayer.supervisor.core.ledger import Lane, LaneState, OpenBatch
 from speedlayer.supervisor.core.pipelines import Hold, Pipeline
-from speedlayer.supervisor.core.quarantine import Suspicion
+from speedlayer.supervisor.core.quarantine import Quarantine, Suspicion
 from speedlayer.supervisor.core.state import State
 from speedlayer.supervisor.core.workforce import Worker, WorkerState
 from speedlayer.workers import checkpoint as cp
@@ -261,9 +261,9 @@ def credit_is_lost_with_a_worker() -> Iterator[None]:
     """The flights of a dead worker count against the next one."""
     original = Worker.died
 
-    def died(self: Worker, now: float) -> None:
+    def died(self: Worker, now: float, sought: bool = False) -> None:
         flights = dict(self.flights)
-        original(self, now)
+        original(self, now, sought)
         self.flights.update(flights)
 
     def lost_with(self: Flow, worker: Worker) -> None:
@@ -327,27 +327,34 @@ def a_seek_is_applied_again_and_again() -> Iterator[None]:
 @mutant
 def a_report_counts_for_its_epoch() -> Iterator[None]:
     """A flight of an earlier claim moves the lane of a later one, if a fail-over gave both the same epoch."""
-    originals = Flow._send, Flow._advance
+    originals = Flow._send, Flow._advance, Quarantine.died
 
-    def send(self: Flow, pipeline: Pipeline, worker: Worker, packed: Any) -> None:
-        claims = {lane.partition: lane.claim_id for lane, _, _ in packed}
-        for lane, _, _ in packed:
-            lane.claim_id = -(lane.epoch or 0)
-        originals[0](self, pipeline, worker, packed)
-        for lane, _, _ in packed:
-            lane.claim_id = claims[lane.partition]
-
-    def advance(self: Flow, record: Any, fenced: Any) -> Any:
-        lanes = [self._state.ledger.get(part.partition) for part in record.parts]
+    @contextmanager
+    def by_epoch(lanes: Iterable[Optional[Lane]]) -> Iterator[None]:
         claims = [(lane, lane.claim_id) for lane in lanes if lane is not None]
         for lane, _ in claims:
             lane.claim_id = -(lane.epoch or 0)
-        lost = originals[1](self, record, fenced)
+        yield
         for lane, claim_id in claims:
             lane.claim_id = claim_id
-        return lost
 
-    with patch.object(Flow, "_send", send), patch.object(Flow, "_advance", advance):
+    def send(self: Flow, pipeline: Pipeline, worker: Worker, packed: Any, condemned: Optional[str] = None) -> None:
+        with by_epoch(lane for lane, _, _ in packed):
+            originals[0](self, pipeline, worker, packed, condemned)
+
+    def advance(self: Flow, record: Any, fenced: Any) -> Any:
+        with by_epoch(self._state.ledger.get(part.partition) for part in record.parts):
+            return originals[1](self, record, fenced)
+
+    def died(self: Quarantine, worker: Worker, exit_code: Optional[int]) -> bool:
+        with by_epoch(self._state.ledger):
+            return originals[2](self, worker, exit_code)
+
+    with (
+        patch.object(Flow, "_send", send),
+        patch.object(Flow, "_advance", advance),
+        patch.object(Quarantine, "died", died),
+    ):
         yield None
 
 
@@ -356,12 +363,12 @@ def a_part_carries_the_leader_epoch_of_what_was_read() -> Iterator[None]:
     """Not that of its own last message."""
     original = Flow._send
 
-    def send(self: Flow, pipeline: Pipeline, worker: Worker, packed: Any) -> None:
+    def send(self: Flow, pipeline: Pipeline, worker: Worker, packed: Any, condemned: Optional[str] = None) -> None:
         read = [
             (lane, [replace(piece, leader_epoch=lane.leader_epoch) for piece in slices], end)
             for lane, slices, end in packed
         ]
-        original(self, pipeline, worker, read)
+        original(self, pipeline, worker, read, condemned)
 
     return _patched(Flow, "_send", send)
 

@@ -99,7 +99,7 @@ KINDS: dict[str, int] = {
     "cut connection": 8,
     "terminate backends": 4,
     "restart postgres": 4,
-    "lose commits": 4,
+    "lose commits": 6,
     "lossy network": 5,
     "slow postgres": 6,
     "lock table": 5,
