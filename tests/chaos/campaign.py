@@ -81,9 +81,10 @@ class Campaign:
         *,
         per_second: float,
         sizes: Sequence[int],
+        bursts: int | None,
     ) -> None:
         self.seconds, self.seed, self.kinds, self.out = seconds, seed, kinds, out
-        self.per_second, self.sizes = per_second, sizes
+        self.per_second, self.sizes, self.bursts = per_second, sizes, bursts
         self.over = threading.Event()
         self.record = Record()
         self.audit: Audit | None = None
@@ -127,6 +128,7 @@ class Campaign:
     def _play(self, stage: Stage) -> None:
         self.keeper.start()
         self._wait(self._all_read, READY_SECONDS, "every member reads", fatal=True)
+        self.observer.begin_anew()
         self.began = time.monotonic()
         self.say(f"all members read; {self.seconds:.0f} s of faults begin")
         storm = threading.Thread(target=self._storm, name="nemesis")
@@ -143,7 +145,9 @@ class Campaign:
         for burst in bursts(self.seed, self.kinds, len(self.keeper.members), sizes=self.sizes):
             nemesis.burst(burst)
             left = self.began + self.seconds - time.monotonic()
-            if left <= 0 or self.over.wait(min(burst.calm_seconds, left)):
+            if burst.number == self.bursts or self.over.wait(max(0.0, min(burst.calm_seconds, left))):
+                return
+            if left <= burst.calm_seconds:
                 return
 
     def _calm(self, stage: Stage) -> None:
@@ -270,6 +274,7 @@ def main() -> int:
         out,
         per_second=options.per_second,
         sizes=[options.at_once] if options.at_once else BURST_SIZES,
+        bursts=options.bursts,
     )
     result = campaign.run(command)
     (out / "report.md").write_text(result.markdown())
@@ -294,6 +299,7 @@ def _options() -> argparse.Namespace:
         "--only", action="append", metavar="FAULT", help="this kind of fault, and others that are named"
     )
     parser.add_argument("--at-once", type=int, metavar="K", help="faults in each burst (default: 1 to 5)")
+    parser.add_argument("--bursts", type=int, metavar="B", help="end after so many bursts, if the time is not over")
     parser.add_argument("--list", action="store_true", help="list the kinds of faults")
     options = parser.parse_args()
     if options.list:

@@ -417,26 +417,26 @@ class Drain(OfOperator):
 
 @dataclass(frozen=True)
 class Disturbance:
-    """A way to disturb the connections through some proxies."""
+    """A way to disturb the connections through some proxies. ``again``: it happens at once, so it is repeated."""
 
     name: str
+    meaning: str
     apply: Callable[[Proxy, random.Random], None]
-    again: bool = False  # it happens at once, so it is done again and again
+    again: bool = False
+
+
+def _slowly(proxy: Proxy, chance: random.Random) -> None:
+    proxy.slow(bytes_per_second=chance.uniform(20_000, 200_000), latency_seconds=chance.uniform(0.02, 0.3))
 
 
 DISTURBANCES = (
-    Disturbance("refused", lambda proxy, _: proxy.refuse()),
-    Disturbance("deaf", lambda proxy, _: proxy.deaf()),
-    Disturbance("stalled", lambda proxy, _: proxy.stall()),
-    Disturbance("half-open to the server", lambda proxy, _: proxy.stall(to_client=False)),
-    Disturbance("half-open to the client", lambda proxy, _: proxy.stall(to_server=False)),
-    Disturbance("reset", lambda proxy, _: proxy.cut(), again=True),
-    Disturbance(
-        "slow",
-        lambda proxy, chance: proxy.slow(
-            bytes_per_second=chance.uniform(20_000, 200_000), latency_seconds=chance.uniform(0.02, 0.3)
-        ),
-    ),
+    Disturbance("refused", "Connections are reset, and new ones refused.", lambda proxy, _: proxy.refuse()),
+    Disturbance("deaf", "Connections are reset, and new ones never answered.", lambda proxy, _: proxy.deaf()),
+    Disturbance("stalled", "Nothing is forwarded; at the end all of it is.", lambda proxy, _: proxy.stall()),
+    Disturbance("half-open to the server", "Only answers come.", lambda proxy, _: proxy.stall(to_client=False)),
+    Disturbance("half-open to the client", "Only answers do not come.", lambda proxy, _: proxy.stall(to_server=False)),
+    Disturbance("reset", "Every connection is reset, again and again.", lambda proxy, _: proxy.cut(), again=True),
+    Disturbance("slow", "Few bytes a second, each of them late.", _slowly),
 )
 
 # Between two resets of all connections.
@@ -511,9 +511,8 @@ def _link_faults() -> list[type[OfLink]]:
     for base, peer in ((OfBrokerLink, "brokers"), (OfDatabaseLink, "database")):
         for disturbance in DISTURBANCES:
             name = f"{peer}' links {disturbance.name}" if peer == "brokers" else f"{peer}'s links {disturbance.name}"
-            made.append(
-                type(f"{base.__name__}:{disturbance.name}", (base,), {"name": name, "disturbance": disturbance})
-            )
+            members = {"name": name, "disturbance": disturbance, "__doc__": disturbance.meaning}
+            made.append(type(f"{base.__name__}:{disturbance.name}", (base,), members))
     return made
 
 

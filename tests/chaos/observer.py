@@ -48,13 +48,13 @@ class Stall:
     def seconds(self) -> float:
         return self.ended - self.began
 
-    def beyond(self, windows: Sequence[tuple[float, float | None, str]]) -> float:
-        """How long it went on after the last fault that overlapped it had ended: 0 while one is under way."""
-        calm_since = self.began
-        for began, ended, _ in windows:
-            if began <= self.ended and (ended is None or ended >= self.began):
-                calm_since = max(calm_since, self.ended if ended is None else ended)
-        return max(0.0, self.ended - calm_since)
+    def undisturbed(self, windows: Sequence[tuple[float, float | None, str]]) -> float:
+        """For how long of it, at a stretch, no fault was under way."""
+        longest, free_since = 0.0, self.began
+        for began, ended, _ in sorted(windows, key=lambda window: window[0]):
+            longest = max(longest, min(began, self.ended) - free_since)
+            free_since = max(free_since, self.ended if ended is None else ended)
+        return max(longest, self.ended - free_since, 0.0)
 
     def __str__(self) -> str:
         return f"{self.lane[0]} {self.lane[1]} for {self.seconds:.1f} s"
@@ -104,6 +104,11 @@ class Observer:
     def start(self) -> Observer:
         self._thread.start()
         return self
+
+    def begin_anew(self) -> None:
+        """Forget the stalls so far: before everything runs there is nothing to promise."""
+        with self._lock:
+            self._clock = StallClock()
 
     def stop(self) -> None:
         self._over.set()

@@ -14,7 +14,7 @@ from chaos.observer import Look, Stall
 COLUMNS = 100
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
-# No partition may stand still for longer than this when nothing disturbs it any more.
+# No partition may stand still for longer than this while no fault is under way.
 PROMISED_SECONDS = 30.0
 
 LONGEST_STALLS = 5
@@ -49,8 +49,9 @@ class Result:
             problems.append("the tables were not compared with the topics")
         elif not self.audit.clean:
             problems += self.audit.examples
-        if self.worst is not None and self.beyond(self.worst) > PROMISED_SECONDS:
-            problems.append(f"a stall went on for {self.beyond(self.worst):.1f} s without a fault: {self.worst}")
+        if self.worst is not None and self.undisturbed(self.worst) > PROMISED_SECONDS:
+            seconds = self.undisturbed(self.worst)
+            problems.append(f"a stall went on for {seconds:.1f} s while no fault was under way: {self.worst}")
         if not self.struck:
             problems.append("no fault struck")
         return problems
@@ -69,8 +70,8 @@ class Result:
 
     # --- stalls -----------------------------------------------------------------------------------------------------
 
-    def beyond(self, stall: Stall) -> float:
-        return stall.beyond([(one.began, one.ended, one.kind) for one in self.struck])
+    def undisturbed(self, stall: Stall) -> float:
+        return stall.undisturbed([(one.began, one.ended, one.kind) for one in self.struck])
 
     @property
     def longest(self) -> Stall | None:
@@ -78,8 +79,8 @@ class Result:
 
     @property
     def worst(self) -> Stall | None:
-        """The one that went on for longest after its last fault had ended."""
-        return max(self.stalls, key=self.beyond, default=None)
+        """The one that went on for longest while no fault was under way."""
+        return max(self.stalls, key=self.undisturbed, default=None)
 
     def around(self, stall: Stall) -> list[Injected]:
         return [one for one in self.struck if one.overlaps(stall.began, stall.ended)]
@@ -97,7 +98,7 @@ class Result:
             "missed": [f"{one.kind}: {one.missed}" for one in self.missed],
             "audit": None if self.audit is None else asdict(self.audit),
             "longest_stall_seconds": 0.0 if self.longest is None else round(self.longest.seconds, 1),
-            "longest_stall_beyond_faults_seconds": 0.0 if self.worst is None else round(self.beyond(self.worst), 1),
+            "longest_undisturbed_stall_seconds": 0.0 if self.worst is None else round(self.undisturbed(self.worst), 1),
             "recovered_seconds": None if self.recovered_seconds is None else round(self.recovered_seconds, 1),
             "counters": dict(self.counters),
             "ends": dict(self.ends),
@@ -118,7 +119,7 @@ class Result:
             ("dead letters, each one expected", unknown or f"{audit.dead:,}"),
             ("taken by retention before they were read, as recorded", unknown or f"{audit.skipped:,}"),
             ("longest stall of a partition", _seconds(self.longest and self.longest.seconds)),
-            ("longest stall after its last fault had ended", _seconds(self.worst and self.beyond(self.worst))),
+            ("longest stall while no fault was under way", _seconds(self.worst and self.undisturbed(self.worst))),
             ("all written after the last fault", _seconds(self.recovered_seconds)),
             ("supervisors started again", f"{self.counters['supervisor restarts']}"),
             ("workers started again by their supervisor", f"{self.counters['worker restarts']}"),
@@ -201,12 +202,12 @@ class Result:
 
     def _stalls(self) -> list[str]:
         longest = sorted(self.stalls, key=lambda stall: -stall.seconds)[:LONGEST_STALLS]
-        worst = sorted(self.stalls, key=lambda stall: -self.beyond(stall))[:LONGEST_STALLS]
+        worst = sorted(self.stalls, key=lambda stall: -self.undisturbed(stall))[:LONGEST_STALLS]
         told = []
         for stall in dict.fromkeys(longest + worst):
             faults = ", ".join(dict.fromkeys(one.kind for one in self.around(stall))) or "no fault"
             told.append(
-                f"- at {self._at(stall.began)}: {stall}, {self.beyond(stall):.1f} s after its last fault ({faults})"
+                f"- at {self._at(stall.began)}: {stall}, {self.undisturbed(stall):.1f} s of it undisturbed ({faults})"
             )
         return told or ["- none was longer than three seconds"]
 

@@ -170,6 +170,8 @@ class Stage:
                     "bootstrap.servers": self.cluster.bootstrap_servers_of(side),
                     "group.id": group.name,
                     "reconnect.backoff.max.ms": 1000,
+                    # A partition that was added is read after this; by default, after five minutes.
+                    "topic.metadata.refresh.interval.ms": 3000,
                     **group.kafka,
                 },
                 "postgres": {"dsn": self.database.dsn_of(side), "connect_timeout_seconds": 5},
