@@ -194,6 +194,27 @@ def _table() -> tuple[Entry, ...]:
                 choices=("dead_letter", "skip"),
             ),
         ),
+        _sink_entry(
+            "max_message_bytes",
+            "max_message_bytes",
+            Setting(
+                "integer",
+                "A message whose key, value and headers have more bytes than this is a dead letter, which keeps this "
+                "much of its key and value, and names their size and SHA-256.",
+                1024,
+                1 << 28,
+            ),
+        ),
+        _sink_entry(
+            "max_nesting_depth",
+            "max_nesting_depth",
+            Setting("integer", "A message with more objects and arrays inside each other is a dead letter.", 1, 900),
+        ),
+        _sink_entry(
+            "max_headers",
+            "max_headers",
+            Setting("integer", "A message with more headers than this is a dead letter.", 0, 1_000_000),
+        ),
         _sink_entry("create_table", "create_table", Setting("boolean", "Create the table where it is missing.")),
         _sink_entry(
             "columns",

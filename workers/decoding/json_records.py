@@ -13,13 +13,14 @@ for itself: a message that is no record becomes a `DeadRecord` with its reason, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple, Optional, Protocol
 
 import msgspec
 
 from speedlayer.workers.decoding.exact import exact_float
+from speedlayer.workers.decoding.limits import Limits, breaches
 from speedlayer.workers.decoding.records import DeadRecord, FlightIndex, Records, shorten_reason
 from speedlayer.workers.protocol import Flight
 
@@ -56,14 +57,18 @@ class RecordDecoder(Protocol):
         """Say why `decode_one` raised ``error``; None if it would not any more, as the decoder has changed."""
 
 
+DEFAULT_LIMITS = Limits()
+
 _NULL_VALUE = object()
 
 # What decoding raises when the message is at fault. UnicodeDecodeError is a ValueError, as msgspec's own errors are.
 _FAULTS = (ValueError, RecursionError)
 
 
-def decode_flight(flight: Flight, decoder: RecordDecoder) -> Records:
+def decode_flight(flight: Flight, decoder: RecordDecoder, limits: Limits = DEFAULT_LIMITS) -> Records:
     """Decode every message of the flight; a message that is no JSON object becomes a `DeadRecord` with its reason.
+
+    So does a message beyond one of the limits, unseen.
 
     Of a condemned flight no message is looked at: all of them are dead for the reason that it carries.
     """
@@ -75,11 +80,13 @@ def decode_flight(flight: Flight, decoder: RecordDecoder) -> Records:
         return Records(index, [], range(0))
     joined = index.joined()
     plain = b"\\" not in joined
-    if not index.has_null_values():
+    broken = breaches(index, limits)
+    if not broken and not index.has_null_values():
         rows = _decode_joined(joined, count, flight.separator, decoder)
         if rows is not None:
             return Records(index, rows, range(count), plain=plain)
-    return _decode_apart(index, decoder, plain)
+    del joined
+    return _decode_apart(index, decoder, plain, broken)
 
 
 def _decode_joined(joined: bytes, count: int, separator: bytes, decoder: RecordDecoder) -> Optional[list[Any]]:
@@ -95,9 +102,11 @@ def _decode_joined(joined: bytes, count: int, separator: bytes, decoder: RecordD
     return rows if set(map(type, rows)) == {decoder.row_type} else None
 
 
-def _decode_apart(index: FlightIndex, decoder: RecordDecoder, plain: bool) -> Records:
+def _decode_apart(index: FlightIndex, decoder: RecordDecoder, plain: bool, broken: Mapping[int, str]) -> Records:
     """Decode in blocks, and message by message where a block fails. Starts over when the decoder has changed."""
-    values = list(index.values())
+    values: list[Optional[bytes]] = list(index.values())
+    for ordinal in broken:
+        values[ordinal] = None
     while True:
         rows: list[Any] = []
         ordinals: list[int] = []
@@ -105,7 +114,9 @@ def _decode_apart(index: FlightIndex, decoder: RecordDecoder, plain: bool) -> Re
         guilty: list[tuple[int, Guilty]] = []
         row_type = decoder.row_type
         for ordinal, outcome in _outcomes(values, index.flight.separator, decoder):
-            if isinstance(outcome, Guilty):
+            if ordinal in broken:
+                guilty.append((ordinal, Guilty(broken[ordinal])))
+            elif isinstance(outcome, Guilty):
                 guilty.append((ordinal, outcome))
             elif outcome is _NULL_VALUE and decoder.skip_null_values:
                 filtered.append(ordinal)

@@ -78,6 +78,11 @@ class FlightIndex:
     def __len__(self) -> int:
         return self.part_bounds[-1]
 
+    @property
+    def chunks(self) -> Iterator[Chunk]:
+        """The chunks that hold messages, in the order of the ordinals."""
+        return (chunk for _, chunk in self._chunks)
+
     def part_of(self, ordinal: int) -> int:
         """The index of the part that holds the message."""
         return bisect_right(self.part_bounds, ordinal) - 1

@@ -7,12 +7,14 @@ block its partition for ever.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Optional, Union
 
+from speedlayer.workers.decoding.limits import MAX_MESSAGE_BYTES
 from speedlayer.workers.decoding.records import DeadRecord, Message, Records
 from speedlayer.workers.protocol import Flight, LaneKey
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 # Long enough for any server message, short enough for a table one looks at; a traceback gets more.
 REASON_LIMIT = 2_000
 DETAIL_LIMIT = 10_000
+
+# A jsonb array has at most 256 MB, and base64 and escapes make up to six times as much of a header.
+HEADERS_LIMIT_BYTES = 16 * 1024 * 1024
 
 # One COPY takes dead letters until their text is about this large, since values as large as a batch are doubled by hex.
 CHUNK_BYTES = 4 * 1024 * 1024
@@ -44,30 +49,60 @@ def write_dead_letters(
     worker: str,
     encoding: str,
     details: Mapping[int, str],
+    limit_bytes: int = MAX_MESSAGE_BYTES,
 ) -> None:
-    """COPY the flight's dead records, in the caller's transaction. ``details`` maps an ordinal to where it happened."""
-    for text in _in_chunks(_lines(flight, records, worker, encoding, details)):
-        cursor.copy_expert(_COPY, io.StringIO(text))
+    """COPY the flight's dead records, in the caller's transaction. ``details`` maps an ordinal to where it happened.
+
+    Of a key or value beyond ``limit_bytes``, this much is kept, and its size and hash.
+    """
+    for text in _in_chunks(_lines(flight, records, worker, encoding, details, limit_bytes)):
+        cursor.copy_expert(_COPY, io.BytesIO(text))
 
 
-def _lines(flight: Flight, records: Records, worker: str, encoding: str, details: Mapping[int, str]) -> Iterator[str]:
+def _lines(
+    flight: Flight, records: Records, worker: str, encoding: str, details: Mapping[int, str], limit_bytes: int
+) -> Iterator[bytes]:
     for dead in sorted(records.dead, key=lambda dead: dead.ordinal):
         message = records.index.message(dead.ordinal)
         lane = flight.parts[message.part].lane
-        yield _line(lane, message, dead, details.get(dead.ordinal), worker, encoding)
+        message, cuts = _kept(message, limit_bytes)
+        detail = "\n".join([*cuts, *([details[dead.ordinal]] if dead.ordinal in details else [])])
+        yield _line(lane, message, dead, detail, worker, encoding).encode()
 
 
-def _in_chunks(lines: Iterable[str]) -> Iterator[str]:
-    chunk: list[str] = []
+def _kept(message: Message, limit_bytes: int) -> tuple[Message, list[str]]:
+    """The message as it is kept, and what was cut off of it: one that may not be decoded may be too large to store."""
+    cuts: list[str] = []
+
+    def cut(whole: Optional[bytes], name: str) -> Optional[bytes]:
+        if whole is None or len(whole) <= limit_bytes:
+            return whole
+        digest = hashlib.sha256(whole).hexdigest()
+        cuts.append(f"the first {limit_bytes:,} bytes of the {name} are kept, of {len(whole):,}; sha256 {digest}")
+        return whole[:limit_bytes]
+
+    message = message._replace(key=cut(message.key, "key"), value=cut(message.value, "value"))
+    size = 0
+    for count, (name, value) in enumerate(message.headers):
+        size += len(name) + len(value or b"")
+        if size > HEADERS_LIMIT_BYTES:
+            cuts.append(f"the first {count:,} headers are kept, of {len(message.headers):,}")
+            message = message._replace(headers=message.headers[:count])
+            break
+    return message, cuts
+
+
+def _in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
+    chunk: list[bytes] = []
     size = 0
     for line in lines:
         chunk.append(line)
         size += len(line)
         if size >= CHUNK_BYTES:
-            yield "".join(chunk)
+            yield b"".join(chunk)
             chunk, size = [], 0
     if chunk:
-        yield "".join(chunk)
+        yield b"".join(chunk)
 
 
 def _line(lane: LaneKey, message: Message, dead: DeadRecord, detail: Optional[str], worker: str, encoding: str) -> str:

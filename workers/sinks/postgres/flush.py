@@ -15,6 +15,7 @@ import psycopg2
 
 from speedlayer.workers import checkpoint
 from speedlayer.workers.checkpoint import Counts, Operation
+from speedlayer.workers.decoding.limits import MAX_MESSAGE_BYTES
 from speedlayer.workers.decoding.records import DeadRecord, Records
 from speedlayer.workers.errors import SinkMisconfigured
 from speedlayer.workers.protocol import Flight
@@ -50,6 +51,7 @@ class FlushTransaction:
     be_patient: Callable[[psycopg2.Error], None]
     row_policy: bool
     on_begin: Callable[[], None]
+    limit_bytes: int = MAX_MESSAGE_BYTES
     began_at: float = 0.0
     _written: Records | None = None
     _details: dict[int, str] = field(default_factory=dict)
@@ -134,6 +136,7 @@ class FlushTransaction:
                 worker=self.worker,
                 encoding=self.connection.encoding,
                 details=self._details,
+                limit_bytes=self.limit_bytes,
             )
         except psycopg2.Error as error:
             raise explain(error, self.connection.raw, "writing dead letters") from error

@@ -137,6 +137,7 @@ class PostgreSQLSession(SinkSession):
                 be_patient=lambda error: self._be_patient(flight, error),
                 row_policy=plan is not None and plan.rows_have_passed and plan.table.row_security,
                 on_begin=self._note_begin,
+                limit_bytes=self._sink.max_message_bytes,
             )
             self._flush_started = time.monotonic()
             result = checkpoint.run(checkpoint.flush(flight.parts), transaction.execute)
@@ -209,7 +210,7 @@ class PostgreSQLSession(SinkSession):
         if flight.condemned is not None:
             return decode_flight(flight, decoder)  # which does not look at it
         announce(flight, Phase.DECODE)
-        records = decode_flight(flight, decoder)
+        records = decode_flight(flight, decoder, self._sink.limits)
         if transform is None:
             return records
         announce(flight, Phase.TRANSFORM)

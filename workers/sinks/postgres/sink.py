@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Optional
 
+from speedlayer.workers.decoding.limits import MAX_HEADERS, MAX_MESSAGE_BYTES, MAX_NESTING_DEPTH, Limits
 from speedlayer.workers.errors import ConfigurationError
 from speedlayer.workers.sinks.base import Sink, SinkContext, SinkSession, columns_of
 from speedlayer.workers.sinks.postgres.names import check_identifier, parse_table_name
@@ -31,6 +32,9 @@ class PostgreSQLSink(Sink):
     default ("default"; a computed default, such as a sequence or now(), stays as it is) or keeps its value ("keep").
     ``null_values``: a message without a value (a tombstone) is a dead letter or is filtered out ("skip").
 
+    A message beyond ``max_message_bytes`` (key, value and headers), ``max_nesting_depth`` or ``max_headers`` is a dead
+    letter, and is not decoded.
+
     ``create_table`` makes a missing table: with ``columns`` (name to SQL type), else inferred from the first records.
 
     ``pooled`` says that the dsn leads to a transaction pooler (PgBouncer): nothing then outlives a transaction.
@@ -45,6 +49,9 @@ class PostgreSQLSink(Sink):
     unknown_fields: Literal["error", "ignore"] = "error"
     missing_fields: Literal["default", "keep"] = "default"
     null_values: Literal["dead_letter", "skip"] = "dead_letter"
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    max_nesting_depth: int = MAX_NESTING_DEPTH
+    max_headers: int = MAX_HEADERS
     create_table: bool = False
     columns: Optional[Mapping[str, str]] = None
     pooled: bool = False
@@ -81,6 +88,11 @@ class PostgreSQLSink(Sink):
         """The key as column names; empty if the table's primary key is to be taken (or for append)."""
         return columns_of(self.key)
 
+    @property
+    def limits(self) -> Limits:
+        """What a message may be to be decoded."""
+        return Limits(self.max_message_bytes, self.max_nesting_depth, self.max_headers)
+
     def describe(self) -> str:
         """Host, database and table, without the password."""
         found = _parsed_dsn(self.dsn)
@@ -111,6 +123,9 @@ _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "batch_size": (1, 1_000_000, True),
     "batch_bytes": (1024, 1 << 30, True),
     "flush_interval_seconds": (0.001, 3600, False),
+    "max_message_bytes": (1024, 1 << 28, True),
+    "max_nesting_depth": (1, 900, True),
+    "max_headers": (0, 1_000_000, True),
     "slow_flush_threshold": (0.001, 3600, False),
     "max_slow_flushes": (1, 1000, True),
     "pause_seconds": (0.1, 3600, False),
