@@ -5,7 +5,10 @@ own, so that one supervisor can be cut off from one broker or from all while nob
 clients (producers, the checker) use listeners without a proxy.
 
 Measured with three nodes on two cores: up after 6 s; the partitions of a killed or frozen leader have another one
-after 3 s (its session), and a killed node is in the in-sync sets again 3 s after its restart.
+after 3 s (its session), and a killed node is in the in-sync sets again 3 s after its restart. A client that has a
+request at a frozen leader follows to the new one only when the request times out: librdkafka's ``socket.timeout.ms``,
+60 s if it is left alone (a lane got its rows after 62.7 s), 11 s with 10,000. It must be long enough for a whole
+response on a slow line.
 """
 
 from __future__ import annotations
@@ -190,9 +193,16 @@ class BrokerCluster(Kafka):
 
     def leaders(self, topic: str) -> dict[int, int]:
         """Which node leads which partition (-1: none)."""
-        metadata = wait_until(self._metadata, "a broker tells its metadata", timeout_seconds=ADMIN_SECONDS)
-        assert metadata is not None
-        return {number: partition.leader for number, partition in metadata.topics[topic].partitions.items()}
+
+        def told() -> dict[int, int] | None:
+            metadata = self._metadata()
+            # A node that is behind does not know a new topic yet.
+            found = None if metadata is None else metadata.topics.get(topic)
+            return None if found is None else {number: one.leader for number, one in found.partitions.items()}
+
+        leaders = wait_until(told, f"a broker tells who leads {topic}", timeout_seconds=ADMIN_SECONDS)
+        assert leaders is not None
+        return leaders
 
     def coordinator_of(self, group: str) -> int:
         """The node that coordinates this group."""
@@ -211,6 +221,8 @@ class BrokerCluster(Kafka):
         if metadata is None:
             return {"(no broker tells its metadata)": []}
         names = list(topics) or list(metadata.topics)
+        if not set(names) <= set(metadata.topics):
+            return {"(the broker does not know the topic yet)": []}
         missing = {
             name: [
                 number
@@ -220,6 +232,15 @@ class BrokerCluster(Kafka):
             for name in names
         }
         return {name: numbers for name, numbers in missing.items() if numbers}
+
+    def add_partitions(self, topic: str, total: int) -> None:
+        """Add partitions, and wait until every broker that answers tells of them (each learns it by itself)."""
+        super().add_partitions(topic, total)
+        wait_until(
+            # Any broker may answer: so many in a row are most likely all of them.
+            lambda: all(len(self.leaders(topic)) == total for _ in range(5 * len(self.nodes))),
+            f"the brokers tell of {total} partitions of {topic}",
+        )
 
     def _metadata(self) -> ClusterMetadata | None:
         """What one of the brokers tells; None when the one that was asked is frozen or gone."""

@@ -5,6 +5,7 @@ It is filled by making it no larger than what it holds, which takes no memory, a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 from pathlib import Path
@@ -72,6 +73,7 @@ def remove_stale_mounts() -> list[str]:
     for line in Path("/proc/mounts").read_text().splitlines():
         source, folder = line.split()[:2]
         if is_stale(source):
-            privileged("umount", "--lazy", folder, right=RIGHT)
-            removed.append(folder)
+            with contextlib.suppress(AssertionError):  # another run removed it meanwhile; else it is seen by the next
+                privileged("umount", "--lazy", folder, right=RIGHT)
+                removed.append(folder)
     return removed

@@ -126,7 +126,8 @@ def remove_stale_namespaces() -> list[str]:
     """Remove what runs that have ended left behind; returns the names."""
     stale = [name for name in map(_first_word, _ip("netns", "list").splitlines()) if is_stale(name)]
     for name in stale:
-        _ip("netns", "delete", name)
+        with contextlib.suppress(AssertionError):  # another run removed it meanwhile; else it is seen by the next
+            _ip("netns", "delete", name)
     for interface in filter(is_stale, _interfaces()):
         with contextlib.suppress(AssertionError):  # it has gone with its namespace
             _ip("link", "delete", interface)

@@ -250,7 +250,7 @@ def test_a_mount_that_a_killed_run_left_is_removed(tmp_path: Path, monkeypatch: 
     disk = SmallDisk(tmp_path / "disk", MEBIBYTE)
     disk.mount()
     assert os.path.ismount(disk.folder)
-    assert remove_stale_mounts() == [str(disk.folder)]
+    assert str(disk.folder) in remove_stale_mounts()
     assert not os.path.ismount(disk.folder)
 
 
