@@ -117,8 +117,6 @@ class Campaign:
             finally:
                 self.over.set()
             result = self._result(command, started)
-            if not result.passed:
-                self._tell_of_members()
         if result.passed:
             shutil.rmtree(work)
         else:
@@ -180,6 +178,7 @@ class Campaign:
             self._look()
             if time.monotonic() > deadline:
                 self.record.fail(f"after {most_seconds:.0f} s it is not yet so that {what}")
+                self._tell_of_members()
                 if fatal:
                     raise SystemExit(
                         f"after {most_seconds:.0f} s it is not yet so that {what}; the logs are in {self.out}"

@@ -191,7 +191,7 @@ class Result:
         return lines
 
     def _curves(self, columns: int, width: float) -> tuple[list[float], list[float]]:
-        known = [look for look in self.looks if look.written is not None and look.behind is not None]
+        known = [look for look in self.looks if look.at >= self.began and look.written is not None]
         rates, behind = [0.0] * columns, [0.0] * columns
         for before, after in itertools.pairwise(known):
             column = min(columns - 1, max(0, int((after.at - self.began) / width)))

@@ -30,7 +30,11 @@ CONSUMER = {"group.protocol": "consumer"}
 # A tmpfs takes no memory before it is written to; this is enough for the rows of an hour.
 DISK_BYTES = 4 * 1024**3
 
-MEMBERS = 2
+MEMBERS = 2  # of each group
+WORKERS = 2  # of each member
+
+# Of the superuser, of the checker, and of replication.
+OTHER_CONNECTIONS = 12
 
 # The order in which a member's pipelines end a stop is theirs; what is read by then is little.
 SHUTDOWN_SECONDS = 20.0
@@ -102,7 +106,12 @@ class Stage:
             databases = [HOST if network is None else network.to_databases.host for network in self.networks]
             self.cluster = BrokerCluster(work / "kafka", sides=brokers)
             cleanup.callback(self.cluster.close)
-            self.database = ReplicatedDatabase(work / "postgres", sides=databases, disk_bytes=DISK_BYTES)
+            self.database = ReplicatedDatabase(
+                work / "postgres",
+                sides=databases,
+                disk_bytes=DISK_BYTES,
+                settings={"max_connections": self._connections()},
+            )
             cleanup.callback(self.database.close)
             self._cleanup = cleanup.pop_all()
 
@@ -127,6 +136,10 @@ class Stage:
 
     def close(self) -> None:
         self._cleanup.close()
+
+    def _connections(self) -> int:
+        """What all members need, and as much again: what outlives a member that was killed, and visitors."""
+        return OTHER_CONNECTIONS + 2 * sum(2 * WORKERS * len(group.streams) for group, _ in self._places)
 
     # --- members ------------------------------------------------------------------------------------------------
 
@@ -175,7 +188,7 @@ class Stage:
                     **group.kafka,
                 },
                 "postgres": {"dsn": self.database.dsn_of(side), "connect_timeout_seconds": 5},
-                "workers": {"count": 1 if len(group.streams) == 1 else 2},
+                "workers": {"count": WORKERS},
                 "memory": {"budget_mb": 64},
                 "shutdown": {"deadline_seconds": SHUTDOWN_SECONDS},
                 "pipelines": [stream.settings() for stream in group.streams],
