@@ -17,6 +17,10 @@ from fixtures.postgres import execute, query
 from fixtures.waiting import wait_until
 
 PARTITIONS = 4
+
+# Some fifteen workers start, one after the other, for each guilty message: a few seconds, and more on a busy machine.
+SEARCH_SECONDS = 240.0
+
 TABLE = "CREATE TABLE events (number bigint, arrived bigserial)"
 
 # What a map does with a message that says so. Each is beyond what `try` could catch in the worker.
@@ -115,7 +119,7 @@ def test_exactly_the_messages_that_kill_become_dead_letters(
     produce(kafka, topic, count, {number: {"deed": deed} for number, deed in guilty.items()})
     daemon = start_daemon(source(kafka, topic, postgres_dsn, "deadly", workers), files={"steps.py": STEPS}, wait=False)
     daemon.wait_until_listening()
-    daemon.wait_until_caught_up(kafka.end_offsets(topic), topic)
+    daemon.wait_until_caught_up(kafka.end_offsets(topic), topic, timeout_seconds=SEARCH_SECONDS)
 
     assert numbers_of_dead_letters(postgres_dsn) == sorted(guilty)
     check_rows(postgres_dsn, set(range(count)) - guilty.keys())
@@ -140,7 +144,7 @@ def test_one_message_among_thousands_is_found_in_some_log2_deaths(
     produce(kafka, topic, count, {4: {"deed": "segfault"}})
     daemon = start_daemon(source(kafka, topic, postgres_dsn, "deadly", 2), files={"steps.py": STEPS}, wait=False)
     daemon.wait_until_listening()
-    daemon.wait_until_caught_up(kafka.end_offsets(topic), topic)
+    daemon.wait_until_caught_up(kafka.end_offsets(topic), topic, timeout_seconds=SEARCH_SECONDS)
     assert numbers_of_dead_letters(postgres_dsn) == [4]
     check_rows(postgres_dsn, set(range(count)) - {4})
     # Two deaths of the whole batch, one for each half of it, and the second one of the message alone.
@@ -184,7 +188,7 @@ def test_a_kill_from_outside_makes_no_dead_letter(
         pid = int(flag.read_text())
         flag.unlink()
         daemon.kill_worker(pid)
-    daemon.wait_until_caught_up(kafka.end_offsets(topic), topic)
+    daemon.wait_until_caught_up(kafka.end_offsets(topic), topic, timeout_seconds=SEARCH_SECONDS)
     assert numbers_of_dead_letters(postgres_dsn) == []
     check_rows(postgres_dsn, range(400))
     log = daemon.log_text()
