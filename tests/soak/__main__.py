@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import time
 from collections import Counter
@@ -19,9 +20,9 @@ from fixtures.processes import unprivileged_account
 from fixtures.proxy import Proxy
 from fixtures.workspace import private_folder
 from soak import load, report
-from soak.faults import FAULTS, World, draws
+from soak.faults import FAULTS, Missed, World, draws
 from soak.watch import REST_SECONDS, Watch, courses
-from speedlayer.supervisor.errors import SpeedlayerError
+from speedlayer.supervisor.errors import NoAnswer, SpeedlayerError
 
 GROUP = "soak"
 PROGRESS_SECONDS = 60.0
@@ -80,7 +81,7 @@ class Soak:
         daemon.process.log = self._out / "daemon.log"
         cleanup.callback(daemon.close)
         daemon.start()
-        return World(broker, server, dsn, proxy, daemon, GROUP)
+        return World(broker, server, dsn, proxy, daemon, GROUP, random.Random(self._options.seed))
 
     # --- the run ------------------------------------------------------------------------------------------------
 
@@ -109,9 +110,12 @@ class Soak:
         self._say(f"fault: {name}")
         try:
             FAULTS[name](world, seconds)
+            self.struck[name] += 1
+        except (Missed, NoAnswer) as error:
+            # A busy machine: no reason to end a run of hours, and no fault that counts. A daemon that is gone is one.
+            self._say(f"fault missed: {name}: {error}")
         finally:
             self._fault, self._quiet_since = None, time.monotonic()
-        self.struck[name] += 1
 
     def _at_rest(self) -> bool:
         return self._fault is None and time.monotonic() - self._quiet_since >= REST_SECONDS
@@ -126,7 +130,11 @@ class Soak:
 
     def _progress(self, world: World, watch: Watch, minutes: float) -> None:
         memory = ", ".join(f"{role} {one.rss_bytes / 2**20:.1f} MB" for role, one in watch.latest().items())
-        pipelines = world.daemon.status()["pipelines"]
+        try:
+            pipelines = world.daemon.status()["pipelines"]
+        except NoAnswer as error:
+            self._say(f"{minutes:.0f} of {self._options.minutes:g} min: {error}; {memory}")
+            return
         rows = sum(pipeline["rows"] for pipeline in pipelines)
         lag = sum(lane["lag"] or 0 for pipeline in pipelines for lane in pipeline["lanes"])
         self._say(f"{minutes:.0f} of {self._options.minutes:g} min: {rows} rows, lag {lag}; {memory}")

@@ -22,9 +22,18 @@ from fixtures.kafka import Broker
 from fixtures.postgres import PostgresServer, locked
 from fixtures.proxy import Proxy
 from soak.load import EVENTS, ORDERS
+from speedlayer.supervisor.errors import NoAnswer
 
 VICTIM = "worker-1"
 SECONDS = (3.0, 8.0)
+
+
+# A resume that is not answered is asked again: a pipeline that stayed paused would never reach the end of its topic.
+RESUME_ATTEMPTS = 5
+
+
+class Missed(Exception):
+    """The fault found nothing to strike."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class World:
     proxy: Proxy
     daemon: Daemon
     group: str
+    dice: random.Random
 
 
 Fault = Callable[[World, float], None]
@@ -44,12 +54,13 @@ Fault = Callable[[World, float], None]
 
 def terminate_backends(world: World, seconds: float) -> None:
     """End every connection of the daemon's to the database."""
-    world.server.terminate_backends("application_name LIKE 'speedlayer%'")
+    if not world.server.terminate_backends("application_name LIKE 'speedlayer%'"):
+        raise Missed("no backend was there")
 
 
 def lock_table(world: World, seconds: float) -> None:
     """Lock a table for a while."""
-    with locked(world.dsn, random.choice((EVENTS, ORDERS))):
+    with locked(world.dsn, world.dice.choice((EVENTS, ORDERS))):
         time.sleep(seconds)
 
 
@@ -94,6 +105,8 @@ def kill_worker(world: World, seconds: float) -> None:
         if worker["name"] == VICTIM and worker["pid"] is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker["pid"], signal.SIGKILL)
+                return
+    raise Missed(f"{VICTIM} was not there")
 
 
 def rebalance(world: World, seconds: float) -> None:
@@ -119,9 +132,24 @@ def rebalance(world: World, seconds: float) -> None:
 
 def pause_and_resume(world: World, seconds: float) -> None:
     """Pause both pipelines by command, and resume them."""
-    world.daemon.call("pause")
-    time.sleep(seconds)
-    world.daemon.call("resume")
+    try:
+        if not world.daemon.call("pause")["ok"]:
+            raise Missed("the pause was refused")
+        time.sleep(seconds)
+    finally:
+        _resume(world)
+
+
+def _resume(world: World) -> None:
+    for attempt in range(1, RESUME_ATTEMPTS + 1):
+        try:
+            answer = world.daemon.call("resume")
+        except NoAnswer:
+            if attempt == RESUME_ATTEMPTS:
+                raise
+        else:
+            assert answer["ok"], f"the daemon does not resume: {answer}"
+            return
 
 
 FAULTS: dict[str, Fault] = {
