@@ -25,9 +25,10 @@ from chaos.audit import Audit, audit, make_tables
 from chaos.database import DATABASE
 from chaos.faults import KINDS, Fault, World, named
 from chaos.keeper import Exit, Keeper
-from chaos.nemesis import Nemesis, Record
+from chaos.nemesis import MOST_SECONDS, Nemesis, Record
 from chaos.observer import Observer
 from chaos.report import PROMISED_SECONDS, Result
+from chaos.rights import MissingRight
 from chaos.schedule import BURST_SIZES, bursts
 from chaos.stage import CLASSIC, CONSUMER, Group, Stage, Stream
 from chaos.traffic import Traffic
@@ -90,6 +91,7 @@ class Campaign:
         self.audit: Audit | None = None
         self.recovered_seconds: float | None = None
         self.began = time.monotonic()
+        self._storm = threading.Thread(target=self._rage, name="nemesis")
         self._log = (out / "campaign.log").open("a")
 
     # --- the run ------------------------------------------------------------------------------------------------
@@ -98,6 +100,17 @@ class Campaign:
         started = datetime.now(timezone.utc)
         work = Path(tempfile.mkdtemp(prefix="speedlayer-chaos-"))
         work.chmod(0o711)
+        result: Result | None = None
+        try:
+            result = self._run(command, started, work)
+        finally:
+            if result is None or result.passed:
+                shutil.rmtree(work, ignore_errors=True)
+            else:
+                self.say(f"the data of the brokers is kept in {work}")
+        return result
+
+    def _run(self, command: str, started: datetime, work: Path) -> Result:
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(self._keep_logs, work)
             stage = cleanup.enter_context(Stage(work, self.out, GROUPS))
@@ -116,12 +129,9 @@ class Campaign:
                 self.record.fail("interrupted")
             finally:
                 self.over.set()
-            result = self._result(command, started)
-        if result.passed:
-            shutil.rmtree(work)
-        else:
-            self.say(f"everything is kept in {work}")
-        return result
+                if self._storm.is_alive():  # its faults end before what they have hurt is ended
+                    self._storm.join(MOST_SECONDS)
+            return self._result(command, started)
 
     def _play(self, stage: Stage) -> None:
         self.keeper.start()
@@ -129,15 +139,13 @@ class Campaign:
         self.observer.begin_anew()
         self.began = time.monotonic()
         self.say(f"all members read; {self.seconds:.0f} s of faults begin")
-        storm = threading.Thread(target=self._storm, name="nemesis")
-        storm.start()
-        while storm.is_alive():
+        self._storm.start()
+        while self._storm.is_alive():
             self._look()
-        storm.join()
         if not self.record.failures:
             self._calm(stage)
 
-    def _storm(self) -> None:
+    def _rage(self) -> None:
         """Bursts of faults until their time is over (a thread of its own: this one looks after the members)."""
         nemesis = Nemesis(self.world, self.kinds, self.record, self.over, self.say)
         for burst in bursts(self.seed, self.kinds, len(self.keeper.members), sizes=self.sizes):
@@ -162,6 +170,8 @@ class Campaign:
                 self.record.fail(f"{name} was asked to stop and ended with {status}")
         self.say("comparing the tables with the topics")
         self.audit = audit(stage.database.primary.dsn(DATABASE), stage.streams, self.traffic, self.world.forgotten)
+        if not self.audit.clean:
+            self._keep_tables(stage)
 
     # --- waiting ------------------------------------------------------------------------------------------------
 
@@ -227,6 +237,12 @@ class Campaign:
         for member in self.keeper.members:
             (self.out / f"{member.name}.status.json").write_text(json.dumps(member.status, indent=1))
 
+    def _keep_tables(self, stage: Stage) -> None:
+        """The database lies on a disk that goes with the run."""
+        primary = stage.database.primary
+        address = ("-h", primary.host, "-p", str(primary.port), "-U", "postgres")
+        (self.out / "database.sql").write_text(primary.run_program("pg_dump", *address, DATABASE, timeout_seconds=300))
+
     def _keep_logs(self, work: Path) -> None:
         for log in work.glob("*/*/*.log"):
             shutil.copyfile(log, self.out / f"{log.parent.name}.log")
@@ -275,7 +291,11 @@ def main() -> int:
         sizes=[options.at_once] if options.at_once else BURST_SIZES,
         bursts=options.bursts,
     )
-    result = campaign.run(command)
+    try:
+        result = campaign.run(command)
+    except MissingRight as missing:
+        print(f"FAILED: {missing}")
+        return 1
     (out / "report.md").write_text(result.markdown())
     (out / "report.json").write_text(json.dumps(result.numbers(), indent=1))
     print(result.terminal())
