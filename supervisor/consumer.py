@@ -27,6 +27,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from speedlayer.supervisor.chunks import Run, runs
 from speedlayer.supervisor.core import events as e
 from speedlayer.supervisor.core.actions import Resume
+from speedlayer.supervisor.kafka_errors import explain
 
 if TYPE_CHECKING:
     from confluent_kafka import Message
@@ -195,7 +196,7 @@ class GroupConsumer:
     @never_raises
     def _on_error(self, error: KafkaError) -> None:
         self._events.append(
-            e.ConsumerTrouble(time.monotonic(), self.group, error.name(), error.str(), bool(error.fatal()))
+            e.ConsumerTrouble(time.monotonic(), self.group, error.name(), explain(error), bool(error.fatal()))
         )
 
     @never_raises
@@ -328,7 +329,7 @@ class GroupConsumer:
             partition = e.Partition(self.group, topic, number)
             return e.FetchFailed(now, partition, generations.get(partition, -1), problem, error.str())
         where = f"{topic}: " if topic else ""
-        return e.ConsumerTrouble(now, self.group, error.name(), where + error.str(), bool(error.fatal()))
+        return e.ConsumerTrouble(now, self.group, error.name(), where + explain(error), bool(error.fatal()))
 
     # --- what the core wants ----------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ from speedlayer.supervisor import kafka_properties
 from speedlayer.supervisor.consumer import COMMIT_METADATA
 from speedlayer.supervisor.core import events as e
 from speedlayer.supervisor.core.actions import Inspect
+from speedlayer.supervisor.kafka_errors import Complaints, explain
 
 logger = logging.getLogger("speedlayer.scout")
 
@@ -75,7 +76,9 @@ class Scout:
         self._brokers = kafka.get("bootstrap.servers") or kafka.get("metadata.broker.list")
         self._properties = kafka_properties.for_admin(kafka)
         self._readers: dict[str, Consumer] = {}  # one for each group, never subscribed
-        self._admin = AdminClient(self._properties, logger=logging.getLogger("speedlayer.librdkafka"))
+        self._complaints = Complaints()
+        properties = {**self._properties, "error_cb": self._complaints.note}
+        self._admin = AdminClient(properties, logger=logging.getLogger("speedlayer.librdkafka"))
         committed = kafka.get("isolation.level", "read_committed") == "read_committed"
         self._isolation = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
         self._inbox = inbox
@@ -125,8 +128,8 @@ class Scout:
             try:
                 cluster = str(self._admin.list_topics(timeout=QUESTION_TIMEOUT_SECONDS).cluster_id)
             except KafkaException as error:
-                found = error.args[0]
-                message = f"no broker answers at {self._brokers}: {found.str()}"
+                found = self._complaints.cause_of(error.args[0], self._admin)
+                message = f"no broker answers at {self._brokers}: {explain(found)}"
                 self._inbox.put(e.ConsumerTrouble(time.monotonic(), "", found.name(), message))
             else:
                 self._cluster = cluster

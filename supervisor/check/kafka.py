@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 from speedlayer.supervisor import kafka_properties
 from speedlayer.supervisor.check.findings import Finding, failed, ok, warning
+from speedlayer.supervisor.kafka_errors import Complaints, remedy_of
 from speedlayer.supervisor.settings import DaemonSettings, suggestion
 
 # Where a broker keeps its groups; it makes the topic when the first one is asked for.
@@ -26,13 +27,15 @@ def check(settings: DaemonSettings, timeout_seconds: float) -> tuple[Optional[st
     from confluent_kafka.admin import AdminClient
 
     # The log of librdkafka would stand between the findings, and says nothing that they do not say.
-    client = AdminClient({**kafka_properties.for_admin(settings.kafka), "log_level": "0"})
+    complaints = Complaints()
+    properties = {**kafka_properties.for_admin(settings.kafka), "log_level": "0", "error_cb": complaints.note}
+    client = AdminClient(properties)
     servers = settings.kafka.get("bootstrap.servers") or settings.kafka.get("metadata.broker.list")
     try:
         metadata = client.list_topics(timeout=timeout_seconds)
     except KafkaException as error:
-        remedy = "is the address right, is the broker up, and do security.protocol and sasl.* match it?"
-        return None, [failed("broker", f"{servers} does not answer: {error.args[0].str()}", remedy)]
+        cause = complaints.cause_of(error.args[0], client)
+        return None, [failed("broker", f"{servers} does not answer: {cause.str()}", remedy_of(cause))]
     cluster = str(metadata.cluster_id)
     found = [ok("broker", f"{servers} answers: cluster {cluster}, {len(metadata.brokers)} broker(s)")]
     found += _topics(settings, metadata)

@@ -13,6 +13,10 @@ REPEAT_SECONDS = 60.0
 # does not count as mended between them.
 OVER_SECONDS = 15.0
 
+# Complaints that name the cause. Those of the connection that follow (it broke, all brokers are down) tell less, and do
+# not take their place.
+TELLING = frozenset({"_SSL", "_AUTHENTICATION", "_RESOLVE"})
+
 # The codes of trouble that is complained of again as long as it lasts. Others, of a topic that may not be read say, are
 # told once, and no message from elsewhere shows that they are over.
 REPEATING = frozenset({"_ALL_BROKERS_DOWN", "_TRANSPORT", "_RESOLVE", "_TIMED_OUT", "_AUTHENTICATION", "_SSL"})
@@ -37,7 +41,10 @@ class Troubles:
     def note(self, group: str, code: str, message: str, now: float) -> bool:
         """Take a complaint in; whether it is to be told."""
         known = self._troubles.setdefault(group, _Trouble(now, code, message))
-        known.at, known.code, known.message = now, code, message
+        fresh = now - known.at < OVER_SECONDS
+        known.at = now
+        if not (fresh and known.code in TELLING and code in REPEATING - TELLING):
+            known.code, known.message = code, message
         told_at = known.told_at.get(code)
         if told_at is not None and now - told_at < REPEAT_SECONDS:
             return False

@@ -80,7 +80,10 @@ _CONNECT_TEXTS: tuple[tuple[str, Optional[str], str], ...] = (
     ("authentication failed", "28000", "correct the user or the credentials in the DSN"),
     ("permission denied for database", "42501", "GRANT CONNECT ON DATABASE … TO the role"),
     ("server does not support SSL", None, "change sslmode in the DSN, or switch SSL on at the server"),
+    ("certificate has expired", None, "renew the server's certificate"),
+    ("does not match host name", None, "name the host in the DSN as the server's certificate does, or renew that"),
     ("certificate verify failed", None, "correct sslrootcert in the DSN"),
+    ("requires a valid client certificate", "28000", "set sslcert and sslkey in the DSN"),
     ("root certificate file", None, "correct sslrootcert in the DSN"),
 )
 

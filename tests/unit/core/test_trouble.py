@@ -78,3 +78,19 @@ def test_a_topic_that_may_not_be_read_is_shown_although_others_are_read() -> Non
     story.answer(1.0 + 10 * OVER_SECONDS)
     assert story.shown == {GROUP: "payments: not authorised"}
     assert story.lines(logging.INFO, "Kafka answers again") == []
+
+
+def test_a_cause_is_not_hidden_by_what_follows_from_it() -> None:
+    story = Story()
+    story.complain(1.0, "_SSL", "certificate verify failed")
+    story.complain(1.1, "_ALL_BROKERS_DOWN", "1/1 brokers are down")
+    assert story.shown == {GROUP: "certificate verify failed"}
+    story.complain(1.2, "TOPIC_AUTHORIZATION_FAILED", "payments: not authorised")
+    assert story.shown == {GROUP: "payments: not authorised"}, "that is another cause"
+
+
+def test_a_cause_that_is_not_complained_of_any_more_gives_way() -> None:
+    story = Story()
+    story.complain(1.0, "_SSL", "certificate verify failed")
+    story.complain(1.0 + OVER_SECONDS, "_TRANSPORT", "connection refused")
+    assert story.shown == {GROUP: "connection refused"}
