@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
+from speedlayer.supervisor import kafka_properties
 from speedlayer.supervisor.chunks import Run, runs
 from speedlayer.supervisor.core import events as e
 from speedlayer.supervisor.core.actions import Resume
@@ -112,7 +113,7 @@ class FetchLimits:
 def consumer_properties(kafka: Mapping[str, Any], group: str, limits: FetchLimits) -> dict[str, Any]:
     """All properties of a group's consumer: the user's, and above them those that the promises need."""
     properties = {
-        **kafka,
+        **kafka_properties.with_defaults(kafka),
         **limits.properties(),
         "group.id": group,
         "enable.auto.commit": False,

@@ -57,6 +57,18 @@ _LIMITED: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
+# Where librdkafka's own default would keep a partition waiting for minutes; a user's value stands above.
+DEFAULTS: dict[str, tuple[int, str]] = {
+    "topic.metadata.refresh.interval.ms": (
+        30_000,
+        "partitions that are added are found so soon; librdkafka would take up to five minutes",
+    ),
+    "socket.timeout.ms": (
+        30_000,
+        "a partition whose leader froze is read from its new one so soon; librdkafka would take a minute",
+    ),
+}
+
 # Properties that people set, for "did you mean"; librdkafka alone decides which ones there are.
 _COMMON = (
     "allow.auto.create.topics",
@@ -165,6 +177,14 @@ def check(given: Mapping[str, Any]) -> KafkaProperties:
             "partition.assignment.strategy", "group.protocol = consumer leaves the assignment to the broker"
         )
     return KafkaProperties(properties, group_id, start)
+
+
+def with_defaults(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Add `DEFAULTS` to the properties of a reading consumer."""
+    added = {name: value for name, (value, _) in DEFAULTS.items()}
+    if "fetch.wait.max.ms" in properties:
+        del added["socket.timeout.ms"]  # it must be the longer one; librdkafka's own is known to suit
+    return {**added, **properties}
 
 
 def refusals() -> Iterator[tuple[str, str, str]]:

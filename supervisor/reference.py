@@ -99,7 +99,12 @@ def _section(section: Section) -> str:
         for entry in section.entries
     )
     text = f"## `{section.title}`\n\n{section.meaning}\n\n" + _table(("key", "default", "range", "meaning"), rows)
-    return text + _refused_properties() if section.open else text
+    return text + _default_properties() + _refused_properties() if section.open else text
+
+
+def _default_properties() -> str:
+    rows = ((f"`{name}`", str(value), _cell(why)) for name, (value, why) in kafka_properties.DEFAULTS.items())
+    return "\nThese have another default than librdkafka's own:\n\n" + _table(("property", "default", "why"), rows)
 
 
 def _refused_properties() -> str:
