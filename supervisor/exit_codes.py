@@ -36,5 +36,6 @@ class ExitCode(enum.IntEnum):
     UNREACHABLE = 10, "Kafka or PostgreSQL could not be reached by a command that needs it."
     MISSING_LIBRARY = 11, "An optional library is not installed; the message names the extra to install."
     VERIFICATION_FAILED = 12, "The demo or a load test found rows lost or written twice, or its brake never tripped."
+    STALLED = 13, "A partition or a worker stood still, whatever the daemon tried. Start it again; nothing is lost."
     INTERNAL_ERROR = 70, "A fault in speedlayer itself; the traceback is in the log. Nothing committed is lost."
     INTERRUPTED = 130, "Ctrl-C ended a command before it was done."

@@ -77,6 +77,12 @@ DAEMON = Group(
     ),
 )
 
+REPAIRS = Group(
+    "Each remedy of the watchdog",
+    ("remedy",),
+    (Metric("repairs", "count", "counter", "How often the watchdog has applied the remedy to what stood still."),),
+)
+
 WORKERS = Group(
     "Each worker",
     ("worker",),
@@ -85,6 +91,7 @@ WORKERS = Group(
         Metric("worker_flights", "flights", "gauge", "Flights in the worker's hands."),
         Metric("worker_bytes", "bytes", "gauge", "Bytes in the worker's hands."),
         Metric("worker_restarts", "restarts", "counter", "How often the worker was started again."),
+        Metric("worker_long_flushes", "long_flushes", "gauge", "Its flushes that wait for the database for too long."),
         Metric(
             "worker_oldest_flight_seconds",
             "oldest_flight_seconds",
@@ -104,6 +111,7 @@ PIPELINES = Group(
         Metric("condemned", "condemned", "counter", "Messages among them that had killed workers."),
         Metric("quarantined_lanes", "quarantined_lanes", "gauge", "Lanes in which a message is searched that kills."),
         Metric("suspicious_deaths", "suspicious_deaths", "counter", "Deaths of workers over messages of a lane."),
+        Metric("stalled_lanes", "stalled_lanes", "gauge", "Lanes that stand still, and are being repaired."),
         Metric("flushes", "flushes", "counter", "Flushes that were committed."),
         Metric("retries", "retries", "counter", "Flushes that were tried again."),
         Metric("fenced", "fenced", "counter", "Parts left out because another owner had claimed their lane."),
@@ -136,12 +144,14 @@ LANES = Group(
     ),
 )
 
-GROUPS = (DAEMON, WORKERS, PIPELINES, LANES)
+GROUPS = (DAEMON, REPAIRS, WORKERS, PIPELINES, LANES)
 
 
 def samples(snapshot: Mapping[str, Any]) -> Iterator[tuple[Group, tuple[str, ...], Mapping[str, Any]]]:
     """Yield every thing of the snapshot that has metrics: its group, its labels, its values."""
     yield DAEMON, (), {**snapshot, **snapshot.get("memory", {}), "age": age_of(snapshot)}
+    for remedy, count in snapshot.get("repairs", {}).items():
+        yield REPAIRS, (remedy,), {"count": count}
     for worker in snapshot.get("workers", ()):
         yield WORKERS, (worker["name"],), {**worker, "ready": worker["state"] == "ready"}
     for pipeline in snapshot.get("pipelines", ()):

@@ -188,6 +188,7 @@ class Scout:
             ids = self._topic_ids(topics)
         except Exception as error:  # the next survey comes by itself, and the thread must live
             logger.debug("the survey brought no answer: %s", _text_of(error))
+            self._inbox.put(e.SurveyFailed(time.monotonic(), _text_of(error)))
             if len(topics) > 1:  # one topic that is gone must not hide the others
                 for topic in sorted(topics):
                     self._survey(tuple(partition for partition in partitions if partition.topic == topic))

@@ -21,6 +21,7 @@ from speedlayer.supervisor.settings import (
     PipelineSettings,
     Setting,
     ShutdownSettings,
+    WatchdogSettings,
     WorkerSettings,
     settings_of,
 )
@@ -280,6 +281,7 @@ def sections() -> tuple[Section, ...]:
         ("memory", MemorySettings),
         ("brake", BrakeSettings),
         ("shutdown", ShutdownSettings),
+        ("watchdog", WatchdogSettings),
         ("control", ControlSettings),
         ("http", HttpSettings),
         ("log", LogSettings),

@@ -233,6 +233,26 @@ class ShutdownSettings(_Checked):
 
 
 @dataclass(frozen=True)
+class WatchdogSettings(_Checked):
+    """The watchdog, which repairs what stands still without a reason."""
+
+    stall_seconds: float = number(
+        30.0,
+        "How many seconds a partition with messages to read, or a worker, may stand still before the watchdog repairs "
+        "it; each further remedy is given as long. At least twice the longest `connect_timeout_seconds`.",
+        10,
+        3600,
+    )
+    user_code_seconds: float = number(
+        60.0,
+        "How many seconds decoding or transforming one batch may take. A worker that takes longer hangs: it is killed, "
+        "and the message on which it hangs again and again becomes a dead letter.",
+        1,
+        86_400,
+    )
+
+
+@dataclass(frozen=True)
 class ControlSettings(_Checked):
     """The Unix socket that the commands talk to."""
 
@@ -345,6 +365,7 @@ class DaemonSettings:
     workers: WorkerSettings = field(default_factory=WorkerSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
     shutdown: ShutdownSettings = field(default_factory=ShutdownSettings)
+    watchdog: WatchdogSettings = field(default_factory=WatchdogSettings)
     control: ControlSettings = field(default_factory=ControlSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
     log: LogSettings = field(default_factory=LogSettings)

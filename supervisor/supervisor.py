@@ -56,6 +56,10 @@ PREFETCH_SHARE = 0.25
 # How long leaving a group may take; with the broker gone, librdkafka alone would take minutes.
 CLOSE_TIMEOUT_SECONDS = 5.0
 
+# A host name may stand for several addresses, each of which is waited for: the watchdog's patience is at least so many
+# connect timeouts.
+CONNECT_ATTEMPTS = 2
+
 # How often the picture that metrics and health show is renewed.
 SNAPSHOT_INTERVAL_SECONDS = 1.0
 
@@ -73,7 +77,12 @@ class Supervisor:
         self.settings = settings
         self.inbox: SimpleQueue[Any] = SimpleQueue()
         self._separator = f',"{secrets.token_urlsafe(9)}",'.encode()
-        self._core = Core(self._core_config(), random.SystemRandom().getrandbits(32), ExitCode.WORKER_BOOT_FAILED)
+        self._core = Core(
+            self._core_config(),
+            random.SystemRandom().getrandbits(32),
+            ExitCode.WORKER_BOOT_FAILED,
+            ExitCode.STALLED,
+        )
         self._consumers: dict[str, GroupConsumer] = {}
         self._workers: dict[str, WorkerHandle] = {}
         self._replies: dict[int, Callable[[dict[str, Any]], None]] = {}
@@ -116,8 +125,18 @@ class Supervisor:
             owner=secrets.token_hex(8),
             separator=self._separator,
             shutdown_deadline_seconds=settings.shutdown.deadline_seconds,
+            stall_seconds=self._stall_seconds(),
+            user_code_seconds=settings.watchdog.user_code_seconds,
             pid=os.getpid(),
         )
+
+    def _stall_seconds(self) -> float:
+        """A claim that waits for a connection is heard of once for each attempt: the watchdog waits for some."""
+        attempts = [
+            CONNECT_ATTEMPTS * getattr(pipeline.sink, "connect_timeout_seconds", 0.0)
+            for pipeline in self.settings.pipelines
+        ]
+        return max(self.settings.watchdog.stall_seconds, *attempts)
 
     def _boot_spec(self, worker: str) -> bytes:
         settings = self.settings
@@ -235,6 +254,8 @@ class Supervisor:
         return self._snapshot
 
     def _subscribe(self, cluster: str) -> None:
+        if self._cluster is not None:
+            return  # told by a scout that has replaced another
         self._cluster = cluster
         for group in self.settings.group_ids:
             self._consumers[group] = self._new_consumer(group)
@@ -278,6 +299,10 @@ class Supervisor:
             old = self._consumers.pop(action.group)
             old.close(CLOSE_TIMEOUT_SECONDS)
             self._consumers[action.group] = self._new_consumer(action.group, old.message_bytes)
+        elif isinstance(action, a.RenewScout):
+            self._scout.stop()
+            self._scout = Scout(self.settings.kafka, self.inbox)
+            self._scout.start()
         elif isinstance(action, a.LeaveGroups):
             self._leave_groups()
         else:

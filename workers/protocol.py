@@ -306,6 +306,16 @@ class PhaseEntered(msgspec.Struct, frozen=True, tag="phase"):
     phase: Phase
 
 
+class Alive(msgspec.Struct, frozen=True, tag="alive"):
+    """The process runs, and other threads than the one at work get their turn. Said every few seconds.
+
+    A flush that waits for the database leaves it audible; a process that is stopped, or whose user code keeps the
+    interpreter for itself, is not heard. ``orders`` is how many orders it has taken off its queue so far.
+    """
+
+    orders: int
+
+
 class WorkerLog(msgspec.Struct, frozen=True, tag="log"):
     """A log line for the supervisor to print, so that one process alone writes to the log."""
 
@@ -328,6 +338,7 @@ Report = Union[
     FlushFailed,
     FlushBlocked,
     PhaseEntered,
+    Alive,
     WorkerLog,
     Stopped,
 ]

@@ -39,6 +39,7 @@ class Reporter:
         self._pipe = pipe
         self._lock = threading.Lock()
         self.log_level = log_level
+        self.orders_taken = 0  # by the order thread; each sign of life tells it
 
     def send(self, report: Report) -> None:
         """Write a report; ends the process if nobody reads any more."""

@@ -22,6 +22,7 @@ import dill
 from speedlayer.workers.claiming import ClaimDesk
 from speedlayer.workers.flushing import FlushDesk
 from speedlayer.workers.protocol import (
+    Alive,
     BootFailed,
     Claim,
     FailureKind,
@@ -46,6 +47,10 @@ if TYPE_CHECKING:
 # What the process ends with, for the supervisor's log. (EXIT_ORPHANED, 4: nobody reads our reports any more.)
 EXIT_BOOT_FAILED = 3
 EXIT_CRASHED = 5
+
+# Between two signs of life; the supervisor's patience is several times as long (at least 10 s, `[watchdog]`
+# `stall_seconds`).
+ALIVE_INTERVAL_SECONDS = 1.0
 
 # How long a stopping worker waits for a claim that is under way, before the process ends around it.
 CLAIM_THREAD_JOIN_SECONDS = 1.0
@@ -125,8 +130,8 @@ class Pipeline:
 def main(boot: bytes, orders: Queue[bytes], reports: Connection, lifeline: Connection) -> None:
     """Be a worker; the target of the process. ``boot`` is a dilled `BootSpec`."""
     ignore_signals()
-    watch_lifeline(lifeline)
     reporter = Reporter(reports)
+    watch_lifeline(lifeline, reporter)
     try:
         spec: BootSpec = dill.loads(boot)
         reporter.log_level = spec.log_level
@@ -153,13 +158,16 @@ def ignore_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
 
 
-def watch_lifeline(lifeline: Connection) -> None:
-    """End the process when the other end of the life-line closes: its supervisor is gone, killed perhaps."""
+def watch_lifeline(lifeline: Connection, reporter: Reporter) -> None:
+    """End the process when the other end of the life-line closes: its supervisor is gone, killed perhaps. Give a sign
+    of life meanwhile.
+    """
 
     def watch() -> None:
         try:
-            while True:
-                lifeline.recv_bytes()  # nothing is ever sent; this waits for the end
+            while not lifeline.poll(ALIVE_INTERVAL_SECONDS):
+                reporter.send(Alive(reporter.orders_taken))
+            lifeline.recv_bytes()  # nothing is ever sent: this is the end
         except (EOFError, OSError):
             # At once and without clean-up: a flush under way is rolled back by the server, and a claim of whoever
             # comes next settles the rest.
@@ -179,6 +187,7 @@ def serve(orders: Queue[bytes], pipelines: dict[str, Pipeline], reporter: Report
     """Hand out orders until `Finish`, then wait for the pipelines to run out of work."""
     while True:
         order = decode_order(orders.get())
+        reporter.orders_taken += 1
         if isinstance(order, Finish):
             break
         route(order, pipelines, reporter)

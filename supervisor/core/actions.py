@@ -103,6 +103,13 @@ class RebuildConsumer:
 
 
 @dataclass(frozen=True)
+class RenewScout:
+    """Let the scout go, which no longer answers, and ask another one from now on."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class LeaveGroups:
     """Commit, leave every group, close the consumers; bounded in time."""
 
@@ -144,6 +151,7 @@ Action = Union[
     FinishWorker,
     KillWorker,
     RebuildConsumer,
+    RenewScout,
     LeaveGroups,
     Reply,
     Log,

@@ -40,6 +40,8 @@ class CoreConfig:
     owner: str
     separator: bytes
     shutdown_deadline_seconds: float = 30.0
+    stall_seconds: float = 30.0
+    user_code_seconds: float = 60.0
     pid: int = 0
 
     @property
@@ -87,6 +89,19 @@ BALANCE_INTERVAL_SECONDS = 1.0
 
 # A flush that lost so often to other transactions is told to the operator: by then it is more than bad luck.
 CONTENDED_TOLD_ATTEMPTS = 5
+
+# The watchdog looks so many times within `stall_seconds`.
+LOOKS_PER_STALL = 8
+
+# A worker that boots imports user code, which may load a model: it may take so many times `stall_seconds`.
+BOOT_PATIENCE = 4
+
+# After so many restarts of a worker by the watchdog without a flush in between, starting the daemon anew is what is
+# left.
+HANGS_TO_STOP = 3
+
+# What the watchdog has tried for a partition is forgotten after so many times `stall_seconds` without a further try.
+TRIED_PATIENCE = 20
 
 # With no message for this long the daemon says why.
 SILENCE_SECONDS = 10.0

@@ -34,6 +34,7 @@ from speedlayer.supervisor.core.quarantine import Quarantine
 from speedlayer.supervisor.core.silence import why_silent
 from speedlayer.supervisor.core.snapshot import snapshot
 from speedlayer.supervisor.core.state import Lifecycle, State
+from speedlayer.supervisor.core.watchdog import Watchdog
 from speedlayer.supervisor.core.workforce import Worker, WorkerState
 from speedlayer.workers import protocol as p
 
@@ -41,17 +42,22 @@ from speedlayer.workers import protocol as p
 class Core:
     """The supervisor as a state machine. ``seed`` decides jitter, and nothing else.
 
-    ``worker_boot_exit_code`` is what `Stop` carries when workers can not boot.
+    ``worker_boot_exit_code`` is what `Stop` carries when workers can not boot, ``stalled_exit_code`` when the watchdog
+    has tried everything else.
     """
 
-    def __init__(self, config: CoreConfig, seed: int = 0, worker_boot_exit_code: int = 1) -> None:
+    def __init__(
+        self, config: CoreConfig, seed: int = 0, worker_boot_exit_code: int = 1, stalled_exit_code: int = 1
+    ) -> None:
         self._state = State.new(config, seed)
         self._quarantine = Quarantine(self._state)
         self._flow = Flow(self._state, self._quarantine)
         self._balance = Balance(self._state, self._quarantine)
         self._claims = Claims(self._state, self._balance, self._quarantine)
         self._commands = Commands(self._state, self._flow)
+        self._watchdog = Watchdog(self._state, self._break_group, self._give_up)
         self._worker_boot_exit_code = worker_boot_exit_code
+        self._stalled_exit_code = stalled_exit_code
         self._committed_at = 0.0
         self._broken_groups: dict[str, str] = {}
 
@@ -62,6 +68,7 @@ class Core:
         for event in events:
             self._state.now = max(self._state.now, event.at)
             self._handle(event)
+        self._watchdog.look()
         self._rebuild_consumers()
         self._settle()
         actions, self._state.actions = self._state.actions, []
@@ -109,6 +116,7 @@ class Core:
         elif isinstance(event, e.Revoked):
             self._claims.revoked(event.partitions, event.lost)
         elif isinstance(event, e.Inspected):
+            self._state.scout_heard_at = self._state.now
             self._claims.inspected(event)
         elif isinstance(event, e.WorkerExited):
             self._worker_exited(event)
@@ -120,11 +128,14 @@ class Core:
             self._handle_broker_news(event)
 
     def _handle_broker_news(self, event: e.AnyEvent) -> None:
+        if isinstance(event, (e.Watermarks, e.SurveyFailed)):
+            self._state.scout_heard_at = self._state.now
         if isinstance(event, e.Watermarks):
             for partition, (low, high) in event.marks.items():
                 lane = self._state.ledger.get(partition)
                 if lane is not None:
                     lane.low_watermark, lane.high_watermark = low, high
+                    lane.watermarks_at = self._state.now
             for group in sorted({"", *(partition.group for partition in event.marks)}):
                 self._heard_of_kafka(group)
         elif isinstance(event, e.TopicIds):
@@ -141,6 +152,7 @@ class Core:
         if worker.incarnation != event.incarnation:
             return  # a last word of a process that was replaced: its lanes are claimed again anyway
         report: Union[p.Report, Any] = event.report
+        worker.said(report, self._state.now)
         if isinstance(report, p.FlushReport):
             for lane in self._flow.flushed(worker, report):
                 self._claims.fenced(lane)
@@ -207,8 +219,7 @@ class Core:
         state = self._state
         for worker in state.workforce:
             if worker.state is WorkerState.WAITING and state.now >= worker.start_at:
-                worker.state = WorkerState.STARTING
-                worker.incarnation += 1
+                worker.start(state.now)
                 state.act(StartWorker(worker.name, worker.incarnation))
 
     # --- news from the broker -----------------------------------------------------------------------------------
@@ -251,7 +262,10 @@ class Core:
         if state.trouble.note(event.group, event.code, event.message, state.now):
             state.log(WARNING, f"Kafka: {event.message}; reading goes on when it is over", code=event.code)
         if event.fatal:
-            self._broken_groups[event.group] = event.message
+            self._break_group(event.group, event.message)
+
+    def _break_group(self, group: str, reason: str) -> None:
+        self._broken_groups[group] = reason
 
     def _heard_of_kafka(self, group: str) -> None:
         over = self._state.trouble.heard_of(group, self._state.now)
@@ -276,6 +290,16 @@ class Core:
         self._state.log(ERROR, f"speedlayer stops: {reason}")
         self._state.exit_code = self._worker_boot_exit_code
         self._stop_requested(e.StopRequested(self._state.now, reason, hurry=True))
+
+    def _give_up(self, reason: str) -> None:
+        """The watchdog has tried everything: what can be written is, and whoever started us starts us again."""
+        self._state.log(
+            ERROR,
+            f"speedlayer stops, to be started again by its init system: {reason}; nothing is lost, what is not written"
+            " is read again",
+        )
+        self._state.exit_code = self._stalled_exit_code
+        self._stop_requested(e.StopRequested(self._state.now, reason))
 
     def _stop_requested(self, event: e.StopRequested) -> None:
         state = self._state

@@ -162,6 +162,13 @@ class Watermarks(Event):
 
 
 @dataclass(frozen=True)
+class SurveyFailed(Event):
+    """The broker did not tell the watermarks; who asked it is well."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class TopicIds(Event):
     """The ids of the topics now; None where the broker has none to tell."""
 
@@ -225,6 +232,7 @@ AnyEvent = Union[
     FetchFailed,
     Inspected,
     Watermarks,
+    SurveyFailed,
     TopicIds,
     ConsumerTrouble,
     Reported,

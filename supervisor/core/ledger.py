@@ -145,7 +145,8 @@ class Lane:
     inspect_request: int = 0
     inspect_not_before: Optional[float] = None
     low_watermark: Optional[int] = None
-    high_watermark: Optional[int] = None
+    high_watermark: Optional[int] = None  # where what can be read ends: the last stable offset, unless uncommitted is
+    watermarks_at: float = 0.0
     seek: Optional[SeekTarget] = None
     moving: bool = False  # held until all is written, then claimed by another worker
     # The three offsets, and the generation in which `expected` is read.
@@ -159,6 +160,9 @@ class Lane:
     in_flight: int = 0
     uncommitted: bool = False
     suspicion: Optional[Suspicion] = None  # messages over which workers died; it outlives claims
+    seen: tuple[object, ...] = ()  # by the watchdog: how the lane stood when it last moved
+    moved_at: float = 0.0
+    stall: str = ""  # what the watchdog has last done about it, while it stands still
     check_at: Optional[float] = None  # when the checkpoint is looked at again, if all stays quiet till then
 
     def move(self, state: LaneState, now: float, reason: str = "") -> None:

@@ -8,6 +8,7 @@ from speedlayer.supervisor.core.ledger import Lane
 from speedlayer.supervisor.core.pipelines import Hold, Pipeline
 from speedlayer.supervisor.core.quarantine import Suspicion
 from speedlayer.supervisor.core.state import State
+from speedlayer.supervisor.core.watchdog import Remedy
 from speedlayer.supervisor.core.workforce import Worker
 
 
@@ -22,6 +23,7 @@ def snapshot(state: State) -> dict[str, Any]:
         "group_ids": sorted({pipeline.config.group for pipeline in state.pipelines.values()}),
         "memory": {"buffer_bytes": state.config.buffer_bytes, "buffered_bytes": state.buffered_bytes},
         "consumer_trouble": state.trouble.texts(),
+        "repairs": {remedy.value: state.repairs.get(remedy.value, 0) for remedy in Remedy},
         "workers": [_worker(worker, state.now) for worker in state.workforce],
         "pipelines": [_pipeline(state, pipeline) for pipeline in state.pipelines.values()],
     }
@@ -36,6 +38,7 @@ def _worker(worker: Worker, now: float) -> dict[str, Any]:
         "flights": len(worker.flights),
         "bytes": worker.size_bytes,
         "restarts": worker.restarts,
+        "long_flushes": sum(flight.told_long for flight in worker.flights.values()),
         "oldest_flight_seconds": None if oldest is None else round(now - oldest, 3),
     }
 
@@ -70,6 +73,7 @@ def _pipeline(state: State, pipeline: Pipeline) -> dict[str, Any]:
         "suspicious_deaths": counters.suspicious_deaths,
         "condemned": counters.condemned,
         "quarantined_lanes": sum(lane.quarantined for lane in lanes),
+        "stalled_lanes": sum(bool(lane.stall) for lane in lanes),
         "last_flush_seconds": counters.last_flush_seconds,
         "buffered_bytes": pipeline.buffered_bytes,
         "assembled_rows": sum(lane.batch.rows for lane in lanes),
@@ -108,6 +112,7 @@ def _lane(lane: Lane) -> dict[str, Any]:
         "lag": lane.lag,
         "in_flight": lane.in_flight,
         "quarantine": _quarantine(lane.suspicion),
+        "stall": lane.stall,
     }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from speedlayer.supervisor.core.actions import ERROR, Action, Log, Pause, Resume
+from speedlayer.supervisor.core.actions import ERROR, Action, Dispatch, Log, Pause, Resume, SendClaim, SendSeed
 from speedlayer.supervisor.core.config import CoreConfig
 from speedlayer.supervisor.core.ledger import Lane, LaneState, Ledger
 from speedlayer.supervisor.core.pipelines import Pipeline
@@ -53,6 +53,8 @@ class State:
     exit_code: int = 0
     last_message_at: float = 0.0
     silence_told: bool = False
+    scout_heard_at: float = 0.0
+    repairs: dict[str, int] = field(default_factory=dict)  # what the watchdog has done, and how often
     trouble: Troubles = field(default_factory=Troubles)
     actions: list[Action] = field(default_factory=list)
     _numbers: int = 0
@@ -75,6 +77,8 @@ class State:
 
     def act(self, action: Action) -> None:
         """Want something done."""
+        if isinstance(action, (Dispatch, SendClaim, SendSeed)):
+            self.workforce[action.worker].ordered(self.now)
         self.actions.append(action)
 
     def log(self, level: int, message: str, **fields: Any) -> None:

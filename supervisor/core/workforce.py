@@ -9,6 +9,7 @@ from typing import Optional
 
 from speedlayer.supervisor.core.config import RESTART_BACKOFF_LIMIT_SECONDS, RESTART_BACKOFF_SECONDS
 from speedlayer.supervisor.core.events import Partition
+from speedlayer.workers import protocol as p
 from speedlayer.workers.protocol import Phase
 
 
@@ -55,6 +56,7 @@ class FlightRecord:
     phase: Optional[Phase] = None  # what the worker does with it; None while it waits, in the queue or blocked
     phase_since: float = 0.0
     blocked: bool = False  # it waits for its next attempt
+    told_long: bool = False  # that it takes long
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,15 @@ class Worker:
     credit_bytes: int = 0
     flights: dict[int, FlightRecord] = field(default_factory=dict)
     killed: Optional[Killed] = None  # we have ended it, and its exit is on the way
+    killed_at: float = 0.0
+    started_at: float = 0.0
+    heard_at: float = 0.0  # when it last said anything at all
+    claims_heard: dict[str, float] = field(default_factory=dict)  # by pipeline: when its claim thread was last heard of
+    flushes_heard: dict[str, float] = field(default_factory=dict)  # by pipeline: and its flush thread
+    orders_sent: int = 0
+    orders_taken: int = 0
+    orders_at: float = 0.0  # since when it owes us the next order
+    hangs_in_a_row: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -98,6 +109,30 @@ class Worker:
         record = self.flights.get(flight_id)
         if record is not None:
             self.flights[flight_id] = replace(record, phase=phase, phase_since=now, blocked=phase is None)
+
+    def start(self, now: float) -> None:
+        """A new process begins."""
+        self.state, self.started_at, self.heard_at = WorkerState.STARTING, now, now
+        self.incarnation += 1
+        self.orders_sent = self.orders_taken = 0
+        self.claims_heard.clear()
+        self.flushes_heard.clear()
+
+    def ordered(self, now: float) -> None:
+        """An order goes to it."""
+        if self.orders_sent == self.orders_taken:
+            self.orders_at = now
+        self.orders_sent += 1
+
+    def said(self, report: p.Report, now: float) -> None:
+        """It reported something, for the watchdog to know when which part of it was last heard of."""
+        self.heard_at = now
+        if isinstance(report, (p.Claimed, p.Fenced, p.ClaimDelayed)):
+            self.claims_heard[report.lane.pipeline] = now
+        elif isinstance(report, (p.FlushReport, p.FlushFailed, p.FlushBlocked, p.PhaseEntered)):
+            self.flushes_heard[report.pipeline] = now
+        elif isinstance(report, p.Alive) and report.orders != self.orders_taken:
+            self.orders_taken, self.orders_at = report.orders, now
 
     def room(self, pipeline: str) -> int:
         """Bytes of a pipeline that may still be sent to it; 0 without credit.
@@ -126,7 +161,7 @@ class Worker:
 
     def showed_life(self) -> None:
         """A flush came through: the next death is the first one again."""
-        self.deaths_in_a_row = 0
+        self.deaths_in_a_row = self.hangs_in_a_row = 0
 
 
 class Workforce:

@@ -30,6 +30,10 @@ FEWEST_FAULTS = 5
 SURE_FAULTS = ("terminate backends", "lock table", "rebalance", "kill worker", "restart postgres")
 ATTEMPTS_TO_MAKE_UP = 50
 
+# The watchdog's patience: short, since a history is.
+STALL_SECONDS = 2.0
+USER_CODE_SECONDS = 1.0
+
 EXPIRE_INTERVAL_SECONDS = 0.25
 RESTART_SECONDS = (0.1, 1.5)
 
@@ -145,6 +149,8 @@ class History:
             owner=owner,
             separator=b",",
             shutdown_deadline_seconds=plan.shutdown_deadline_seconds,
+            stall_seconds=STALL_SECONDS,
+            user_code_seconds=USER_CODE_SECONDS,
         )
 
     # --- processes --------------------------------------------------------------------------------------------------

@@ -274,6 +274,7 @@ class Consumer:
         self.positions: dict[e.Partition, int] = {}
         self._ends: dict[e.Partition, int] = {}
         self._refused: set[e.Partition] = set()
+        self.silent: dict[e.Partition, int] = {}  # which is not delivered, until it is resumed so many times
         self._callbacks: deque[tuple[str, tuple[e.Partition, ...]]] = deque()
         self._interrupted: Optional[str] = None
         self._positions_at = 0.0
@@ -379,7 +380,7 @@ class Consumer:
         for partition in partitions:
             log = self.broker.logs.get(partition)
             position = self.positions[partition]
-            if log is None or partition in self._refused:
+            if log is None or partition in self._refused or self.silent.get(partition):
                 continue
             if position < log.low or position > log.end:
                 self._refused.add(partition)
@@ -476,6 +477,8 @@ class Consumer:
             self._interrupted = f"{action.partition} could not be assigned"
             return
         self.fetching[action.partition] = action.generation
+        if self.silent.get(action.partition):
+            self.silent[action.partition] -= 1
         self.positions[action.partition] = self._ends[action.partition] = action.offset
         self._refused.discard(action.partition)
 

@@ -153,6 +153,45 @@ def overloaded_sink(history: History, seconds: float, dice: random.Random) -> Op
     return victim.name
 
 
+def hang_in_user_code(history: History, seconds: float, dice: random.Random) -> Optional[str]:
+    """The next transform never ends, and nobody mends that."""
+    victim = _some_worker(history, dice)
+    if victim is None:
+        return None
+    victim.hang_next = True
+    return victim.name
+
+
+def mute_worker(history: History, seconds: float, dice: random.Random) -> Optional[str]:
+    """What the worker reports from now on is lost, its answers to claims among it, and nobody mends that."""
+    victim = _some_worker(history, dice)
+    if victim is None:
+        return None
+    victim.mute = True
+    return victim.name
+
+
+def silent_partition(history: History, seconds: float, dice: random.Random) -> Optional[str]:
+    """A consumer stops to deliver what it reads, until it is told to read it anew, or is itself made anew."""
+    consumers = [consumer for consumer in history.consumers() if consumer.fetching]
+    if not consumers:
+        return None
+    victim = dice.choice(consumers)
+    partition = dice.choice(sorted(victim.fetching))
+    times = dice.choice((1, 1, 2, 9))
+    victim.silent[partition] = times
+    return f"{partition} of {victim.process.name}, until it is resumed {times} times"
+
+
+def deaf_scout(history: History, seconds: float, dice: random.Random) -> Optional[str]:
+    """The scout's thread hangs: the questions are never answered, and nobody mends that."""
+    victim = _some_supervisor(history, dice)
+    if victim is None:
+        return None
+    victim.scout_deaf = True
+    return victim.name
+
+
 # --- PostgreSQL -----------------------------------------------------------------------------------------------------
 
 
@@ -455,6 +494,10 @@ FAULTS: dict[str, Doing] = {
     "boot trouble": boot_trouble,
     "slow reports": slow_reports,
     "overloaded sink": overloaded_sink,
+    "hang in user code": hang_in_user_code,
+    "mute worker": mute_worker,
+    "silent partition": silent_partition,
+    "deaf scout": deaf_scout,
     "cut connection": cut_connection,
     "terminate backends": terminate_backends,
     "restart postgres": restart_postgres,

@@ -20,7 +20,7 @@ from speedlayer.workers import protocol as p
 # A turn of the shell's loop: at most 20 ms when it waits for messages; more where the machine is busy.
 TURN_SECONDS = (0.02, 0.12)
 CALLBACK_INTERVAL_SECONDS = 0.2
-SURVEY_INTERVAL_SECONDS = 2.0
+SURVEY_INTERVAL_SECONDS = 0.5
 
 # What a stop may take on top of its deadline: workers that are killed, a turn or two.
 SHUTDOWN_SLACK_SECONDS = 1.0
@@ -99,6 +99,7 @@ class SimulatedSupervisor(Process):
         self.consumers: dict[str, Consumer] = {}
         self.exit_code: Optional[int] = None
         self.scout_delay = 0.0
+        self.scout_deaf = False  # its thread hangs: no question is answered any more
         self.strikes: dict[p.Phase, int] = {}  # how many workers are still to be killed in a phase
         self.transform_seconds = 0.003
         self.boot_trouble = False  # workers die while they boot
@@ -175,7 +176,10 @@ class SimulatedSupervisor(Process):
 
     def _survey(self) -> None:
         self.later(SURVEY_INTERVAL_SECONDS, self._survey)
+        if self.scout_deaf:
+            return
         if not self.broker.up:
+            self.deliver(e.SurveyFailed(self.world.now, "no answer in 5 s"))
             return
         marks, ids = {}, {}
         for lane in self.core.lanes():
@@ -257,6 +261,8 @@ class SimulatedSupervisor(Process):
         self.later(self.random.uniform(0.005, 0.1) + self.scout_delay / 2, self._ask, action)
 
     def _ask(self, action: a.Inspect) -> None:
+        if self.scout_deaf:
+            return
         partition, now = action.partition, self.world.now
         consumer = self.consumers.get(partition.group)
         log = self.broker.logs.get(partition)
@@ -297,6 +303,9 @@ class SimulatedSupervisor(Process):
     def _rebuild(self, action: a.RebuildConsumer) -> None:
         self.consumers[action.group].close()
         self.consumers[action.group] = self._new_consumer(action.group)
+
+    def _renew_scout(self, action: a.RenewScout) -> None:
+        self.scout_deaf = False
 
     def _leave_groups(self, action: a.LeaveGroups) -> None:
         for consumer in self.consumers.values():
@@ -344,6 +353,7 @@ class SimulatedSupervisor(Process):
         a.FinishWorker: _finish_worker,
         a.KillWorker: _kill_worker,
         a.RebuildConsumer: _rebuild,
+        a.RenewScout: _renew_scout,
         a.LeaveGroups: _leave_groups,
         a.Reply: _reply,
         a.Log: _log,

@@ -28,6 +28,11 @@ from speedlayer.workers.retry import FINISHING_ATTEMPTS, FINISHING_WAIT_SECONDS,
 # SIGSEGV, of a map.
 KILLED_BY_A_MESSAGE = -11
 
+ALIVE_INTERVAL_SECONDS = 0.5
+
+# Longer than any history.
+HANG_SECONDS = 1000.0
+
 Deliver = Callable[["SimulatedWorker", p.Report], None]
 
 
@@ -66,6 +71,10 @@ class SimulatedWorker(Process):
         self.transform_seconds = 0.003  # at most, for each flight
         self.overload = False  # its sink raises StreamingOverloadException
         self.exiting = False
+        self.keeps_interpreter = False  # user code that hangs lets no other thread run
+        self.hang_next = False  # the next flight that is transformed never comes back
+        self.mute = False  # nothing that it reports arrives any more
+        self._orders_taken = 0
         self.finishing = False
         self.on_exit: Callable[[int], None] = lambda code: None
         self._deliver = deliver
@@ -77,9 +86,16 @@ class SimulatedWorker(Process):
     def _boot(self) -> Script:
         yield self.random.uniform(0.02, 0.3)
         self.report(p.Ready(1, *self._credit))
+        self.run(self._signs_of_life())
         for desk in self.desks.values():
             self.run(desk.flushes())
             self.run(desk.claims())
+
+    def _signs_of_life(self) -> Script:
+        while not self.exiting:
+            if not self.keeps_interpreter:
+                self.report(p.Alive(self._orders_taken))
+            yield ALIVE_INTERVAL_SECONDS
 
     # --- orders in, reports out -----------------------------------------------------------------------------------
 
@@ -90,6 +106,7 @@ class SimulatedWorker(Process):
         self.later(self._orders_at - now, self._arrived, order)
 
     def _arrived(self, order: p.Order) -> None:
+        self._orders_taken += 1
         if isinstance(order, p.Flight):
             self.desks[order.pipeline].flights.put(order)
         elif isinstance(order, p.Finish):
@@ -102,6 +119,8 @@ class SimulatedWorker(Process):
 
     def report(self, report: p.Report) -> None:
         """Write a report; the pipe keeps the order, and what is in it outlives the worker."""
+        if self.mute:
+            return
         now = self.world.now
         self._reports_at = max(self._reports_at, now + self.random.uniform(0.0002, 0.003) + self.delay)
         self.world.after(self._reports_at - now, self._deliver, self, report)
@@ -343,6 +362,10 @@ class PipelineDesk:
         for phase in (p.Phase.DECODE, p.Phase.TRANSFORM):
             worker.enter(flight, phase)
             yield worker.random.uniform(0.0005, worker.transform_seconds if self.looked_at else 0.001)
+            if worker.hang_next:
+                worker.hang_next = False
+                worker.keeps_interpreter = worker.random.random() < 0.5
+                yield HANG_SECONDS
             if deadly and worker.random.random() < 0.5:
                 break
         if deadly:

@@ -73,6 +73,7 @@ def test_a_worker_shows_what_it_holds_and_since_when() -> None:
         "flights": 0,
         "bytes": 0,
         "restarts": 0,
+        "long_flushes": 0,
         "oldest_flight_seconds": None,
     }
     world.poll(size_bytes=50)

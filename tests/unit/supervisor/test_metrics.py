@@ -26,17 +26,17 @@ def snapshot(**changes: Any) -> dict[str, Any]:
     pipeline = {
         "name": "orders", "holds": {"overloaded": "three strikes"}, "slow_count": 2, "overload_count": 1,
         "rows": 1000, "filtered": 5, "dead_lettered": 2, "condemned": 1, "quarantined_lanes": 1,
-        "suspicious_deaths": 9, "flushes": 10, "retries": 1, "fenced": 0, "reclaims": 0,
+        "suspicious_deaths": 9, "stalled_lanes": 1, "flushes": 10, "retries": 1, "fenced": 0, "reclaims": 0,
         "last_flush_seconds": 0.25, "buffered_bytes": 4096, "in_flight_rows": 7, "rows_per_second": 50.5,
         "consumed_per_second": 60.0, "lag": 30, "lanes": [lane, stopped],
     }  # fmt: skip
     worker = {
-        "name": "worker-1", "pid": 7, "state": "ready", "flights": 1, "bytes": 2048, "restarts": 3,
+        "name": "worker-1", "pid": 7, "state": "ready", "flights": 1, "bytes": 2048, "restarts": 3, "long_flushes": 0,
         "oldest_flight_seconds": None,
     }  # fmt: skip
     return {
         "state": "running", "at": time.time(), "uptime_seconds": 12.5, "pipelines": [pipeline], "workers": [worker],
-        "memory": {"buffer_bytes": 1000, "buffered_bytes": 400}, **changes,
+        "memory": {"buffer_bytes": 1000, "buffered_bytes": 400}, "repairs": {"re-seek": 2}, **changes,
     }  # fmt: skip
 
 

@@ -63,6 +63,8 @@ def test_an_offset_that_the_broker_does_not_tell_is_an_error_of_this_partition_a
 
 def test_a_survey_leaves_out_what_the_broker_does_not_tell(inbox: SimpleQueue[Any]) -> None:
     scout(inbox, {0: OFFSET_INVALID})._survey((FIRST,))
-    assert taken(inbox) == []
+    (answer,) = taken(inbox)
+    assert isinstance(answer, e.SurveyFailed)
+    assert "tells no offset of topic/0" in answer.reason
     scout(inbox, {0: 10})._survey((FIRST,))
     assert [answer.marks for answer in taken(inbox) if isinstance(answer, e.Watermarks)] == [{FIRST: (10, 10)}]
