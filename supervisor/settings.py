@@ -245,8 +245,8 @@ class WatchdogSettings(_Checked):
     )
     user_code_seconds: float = number(
         60.0,
-        "How many seconds decoding or transforming one batch may take. A worker that takes longer hangs: it is killed, "
-        "and the message on which it hangs again and again becomes a dead letter.",
+        "How many seconds the filters and maps may take for one record, or decoding for one batch. A worker that takes "
+        "longer hangs: it is killed, and the message on which it hangs again and again becomes a dead letter.",
         1,
         86_400,
     )

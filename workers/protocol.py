@@ -310,10 +310,13 @@ class Alive(msgspec.Struct, frozen=True, tag="alive"):
     """The process runs, and other threads than the one at work get their turn. Said every few seconds.
 
     A flush that waits for the database leaves it audible; a process that is stopped, or whose user code keeps the
-    interpreter for itself, is not heard. ``orders`` is how many orders it has taken off its queue so far.
+    interpreter for itself, is not heard. ``orders`` is how many orders it has taken off its queue so far. ``moved``
+    names the pipelines whose filters and maps have begun another record since the last sign of life: they are slow at
+    most.
     """
 
     orders: int
+    moved: list[str] = []
 
 
 class WorkerLog(msgspec.Struct, frozen=True, tag="log"):

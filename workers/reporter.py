@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from speedlayer.workers.protocol import (
+    Alive,
     FailureKind,
     Flight,
     FlushFailed,
@@ -27,6 +29,10 @@ TEXT_LIMIT_BYTES = 1_500
 FIELD_LIMIT_BYTES = 150
 FIELDS_LIMIT = 8
 
+# What a sign of life names of pipelines, each with so much around its name.
+MOVED_LIMIT_BYTES = 3_000
+FRAMING_BYTES = 5
+
 
 class _Pipe(Protocol):
     def send_bytes(self, buf: bytes, /) -> None: ...
@@ -40,6 +46,8 @@ class Reporter:
         self._lock = threading.Lock()
         self.log_level = log_level
         self.orders_taken = 0  # by the order thread; each sign of life tells it
+        self._counters: dict[str, Callable[[], int]] = {}
+        self._counted: dict[str, int] = {}
 
     def send(self, report: Report) -> None:
         """Write a report; ends the process if nobody reads any more."""
@@ -56,6 +64,24 @@ class Reporter:
     def announce(self, flight: Flight, phase: Phase) -> None:
         """Say what is about to be done with a flight. It is in the pipe before that begins, so it survives a crash."""
         self.send(PhaseEntered(flight.flight_id, flight.pipeline, phase))
+
+    def count_records(self, pipeline: str, begun: Callable[[], int]) -> None:
+        """Have the signs of life tell whether this number of a pipeline's records has risen."""
+        self._counters[pipeline] = begun
+
+    def give_sign_of_life(self) -> None:
+        """Say that the process runs, what it has taken, and where user code gets on."""
+        counted = {pipeline: begun() for pipeline, begun in list(self._counters.items())}
+        moved = [pipeline for pipeline, begun in counted.items() if begun != self._counted.get(pipeline, 0)]
+        told, size_bytes = [], 0
+        for pipeline in moved:
+            size_bytes += len(pipeline.encode()) + FRAMING_BYTES
+            if size_bytes > MOVED_LIMIT_BYTES:
+                break  # its turn comes with the next sign, before those that are told now
+            told.append(pipeline)
+            self._counters[pipeline] = self._counters.pop(pipeline)
+            self._counted[pipeline] = counted[pipeline]
+        self.send(Alive(self.orders_taken, told))
 
     def log(self, level: int, message: str, fields: dict[str, Any]) -> None:
         """Have the supervisor print a line."""

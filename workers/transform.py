@@ -50,11 +50,13 @@ class Transform:
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self.steps = tuple(steps)
+        self.begun = 0  # records; that it rises tells slow code from code that hangs
         self._plan = [(step.kind == "filter", step.function) for step in self.steps]
 
     def __call__(self, record: Any) -> Any:
         """Run the steps; raises `TransformError`."""
         position = -1
+        self.begun += 1
         try:
             for position, (is_filter, function) in enumerate(self._plan):  # noqa: B007
                 if not is_filter:

@@ -22,7 +22,6 @@ import dill
 from speedlayer.workers.claiming import ClaimDesk
 from speedlayer.workers.flushing import FlushDesk
 from speedlayer.workers.protocol import (
-    Alive,
     BootFailed,
     Claim,
     FailureKind,
@@ -103,7 +102,9 @@ class Pipeline:
             return None
         from speedlayer.workers.transform import unpack
 
-        return unpack(packed)
+        transform = unpack(packed)
+        self._reporter.count_records(self._name, lambda: transform.begun)
+        return transform
 
     def _thread(self, role: str, target: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:
@@ -166,7 +167,7 @@ def watch_lifeline(lifeline: Connection, reporter: Reporter) -> None:
     def watch() -> None:
         try:
             while not lifeline.poll(ALIVE_INTERVAL_SECONDS):
-                reporter.send(Alive(reporter.orders_taken))
+                reporter.give_sign_of_life()
             lifeline.recv_bytes()  # nothing is ever sent: this is the end
         except (EOFError, OSError):
             # At once and without clean-up: a flush under way is rolled back by the server, and a claim of whoever

@@ -131,8 +131,17 @@ class Worker:
             self.claims_heard[report.lane.pipeline] = now
         elif isinstance(report, (p.FlushReport, p.FlushFailed, p.FlushBlocked, p.PhaseEntered)):
             self.flushes_heard[report.pipeline] = now
-        elif isinstance(report, p.Alive) and report.orders != self.orders_taken:
-            self.orders_taken, self.orders_at = report.orders, now
+        elif isinstance(report, p.Alive):
+            if report.orders != self.orders_taken:
+                self.orders_taken, self.orders_at = report.orders, now
+            for pipeline in report.moved:
+                self._got_on(pipeline, now)
+
+    def _got_on(self, pipeline: str, now: float) -> None:
+        """Filters and maps have begun another record: they are slow, and do not hang."""
+        for record in self.flights_of(pipeline):
+            if record.phase is Phase.TRANSFORM:
+                self.flights[record.flight_id] = replace(record, phase_since=now)
 
     def room(self, pipeline: str) -> int:
         """Bytes of a pipeline that may still be sent to it; 0 without credit.

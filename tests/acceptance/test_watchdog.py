@@ -23,6 +23,11 @@ STALL_SECONDS = 10
 # What a map does with a message that says so: one leaves the interpreter to the other threads, one keeps it.
 STEPS = """
 import ctypes
+import time
+
+def slow(record):
+    time.sleep(0.1)
+    return record
 
 def _loop():
     while True:
@@ -86,6 +91,20 @@ def test_a_message_on_which_user_code_hangs_becomes_a_dead_letter(
     assert json.loads(bytes(value))["number"] == 17
     assert reason == "killed its worker twice: it hung in user code for 1 s, in the phase transform"
     assert daemon.status()["repairs"]["restart the worker"] >= 2
+
+
+def test_a_map_that_is_slow_over_many_records_is_left_alone(
+    kafka: Broker, postgres_dsn: str, start_daemon: Callable[..., Daemon]
+) -> None:
+    """The batch takes several times as long as one record may."""
+    execute(postgres_dsn, "CREATE TABLE events (number bigint)")
+    topic = kafka.create_topic(partitions=PARTITIONS)
+    produce(kafka, topic, range(80))
+    daemon = start_daemon(source(kafka, topic, postgres_dsn, 2.0, map="steps:slow"), files={"steps.py": STEPS})
+    daemon.wait_until_caught_up(kafka.end_offsets(topic), topic)
+    check_rows(postgres_dsn, set(range(80)))
+    assert max(counts for (counts,) in query(postgres_dsn, "SELECT count(*) FROM events GROUP BY xmin")) > 30
+    assert daemon.status()["workers"][0]["restarts"] == 0
 
 
 def test_a_flush_that_waits_for_a_lock_is_told_and_not_killed(

@@ -268,6 +268,26 @@ def test_a_worker_that_hangs_in_user_code_is_killed_and_its_messages_are_suspect
     assert suspicion.how == f"it hung in user code for 60 s, in the phase {phase.value}"
 
 
+def test_filters_and_maps_that_begin_one_record_after_the_other_are_slow_and_do_not_hang() -> None:
+    world = flying()
+    world.phase(p.Phase.TRANSFORM)
+    for _ in range(10):
+        world.spend(60.0 - STEP_SECONDS)
+        world.report("worker-0", p.Alive(1, ["another", "orders"]))
+    assert world.of(a.KillWorker) == []
+    world.spend(60.0 + STEP_SECONDS)
+    assert len(world.of(a.KillWorker)) == 1
+
+
+def test_records_that_are_begun_excuse_no_decoder() -> None:
+    world = flying()
+    world.phase(p.Phase.DECODE)
+    for _ in range(3):
+        world.spend(30.0)
+        world.report("worker-0", p.Alive(1, ["orders"]))
+    assert len(world.of(a.KillWorker)) == 1
+
+
 def test_a_flush_that_takes_long_is_told_once_and_left_alone() -> None:
     world = flying()
     world.phase(p.Phase.DATABASE)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fixtures.flights import Pipe
 from speedlayer.workers.protocol import (
     REPORT_LIMIT_BYTES,
+    Alive,
     BlockKind,
     FailureKind,
     FlushBlocked,
@@ -63,3 +64,29 @@ def test_what_user_code_logs_is_passed_on() -> None:
     logger.addHandler(ReportHandler(Reporter(pipe)))
     logger.warning("rate %s is missing", "EUR")
     assert pipe.reports == [WorkerLog(logging.WARNING, "rate EUR is missing", {"logger": "user.code"})]
+
+
+def test_a_sign_of_life_names_the_pipelines_whose_records_move() -> None:
+    pipe, begun = Pipe(), {"slow": 0, "hung": 7}
+    reporter = Reporter(pipe)
+    reporter.count_records("slow", lambda: begun["slow"])
+    reporter.count_records("hung", lambda: begun["hung"])
+    reporter.orders_taken = 3
+    reporter.give_sign_of_life()
+    begun["slow"] += 1
+    reporter.give_sign_of_life()
+    reporter.give_sign_of_life()
+    assert pipe.of(Alive) == [Alive(3, ["hung"]), Alive(3, ["slow"]), Alive(3, [])]
+
+
+def test_more_pipelines_than_fit_into_a_sign_of_life_take_turns() -> None:
+    pipe = Pipe()
+    reporter = Reporter(pipe)
+    names = [f"{number:03}-{'n' * 90}" for number in range(100)]
+    begun = 0
+    for name in names:
+        reporter.count_records(name, lambda: begun)
+    for begun in range(1, 6):  # noqa: B007
+        reporter.give_sign_of_life()
+    assert all(len(encode_report(report)) <= REPORT_LIMIT_BYTES for report in pipe.of(Alive))
+    assert {name for report in pipe.of(Alive) for name in report.moved} == set(names)
