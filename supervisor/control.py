@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import re
+import select
 import signal
 import socket
 import stat
@@ -37,11 +38,20 @@ ANSWER_LIMIT_BYTES = 64 * 1024 * 1024
 # An address of a Unix socket has 108 bytes, the last of which is NUL.
 SOCKET_PATH_LIMIT_BYTES = 107
 
-# More clients at a time than people and scripts need; the rest waits in the backlog.
+# More clients at a time than people and scripts need; the next ones wait.
 CONNECTION_LIMIT = 32
+
+# Of the clients that wait for one to leave, no more are kept: each holds a descriptor.
+WAITING_LIMIT = 32
 
 # A client that connects and says nothing is let go after this time.
 REQUEST_TIMEOUT_SECONDS = 10.0
+
+# A client that does not read its answer for so long is let go; it would keep its place for ever.
+SEND_TIMEOUT_SECONDS = 10.0
+
+# A client may leave while its answer is long in coming (a drain's). How often that is looked for.
+LEFT_CHECK_SECONDS = 1.0
 
 # How long a stopping server lets the last answers get through.
 STOP_TIMEOUT_SECONDS = 2.0
@@ -190,6 +200,9 @@ class ControlServer:
         async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             task = asyncio.current_task()
             assert task is not None
+            if len(connections) >= CONNECTION_LIMIT + WAITING_LIMIT:
+                writer.close()
+                return
             connections.add(task)
             try:
                 async with slots:
@@ -227,7 +240,10 @@ class ControlServer:
             if not allowed:
                 await _send(writer, {"ok": False, "error": "only the user who runs the daemon may control it"})
                 return
-            await _send(writer, await self._answer(line))
+            answer = await self._answer(line, writer.get_extra_info("socket"))
+            if answer is None:
+                return
+            await _send(writer, answer)
 
     async def _next_line(self, reader: asyncio.StreamReader) -> bytes:
         """Return the next request, or nothing when the client left, is silent, or the server stops."""
@@ -244,8 +260,11 @@ class ControlServer:
         except (asyncio.IncompleteReadError, ConnectionError):
             return b""
 
-    async def _answer(self, line: bytes) -> dict[str, Any]:
-        """Hand one request to the shell and wait for its answer, for as long as it takes (a drain takes long)."""
+    async def _answer(self, line: bytes, client: socket.socket) -> Optional[dict[str, Any]]:
+        """Hand one request to the shell and wait for its answer, for as long as it takes (a drain takes long).
+
+        None if the client leaves before: what it asked for still happens.
+        """
         try:
             request = msgspec.json.decode(line, type=_Request)
         except msgspec.MsgspecError as error:
@@ -262,13 +281,28 @@ class ControlServer:
                 loop.call_soon_threadsafe(settle, value)
 
         self._inbox.put(ControlCommand(request.command, request.args, reply))
-        return await answer
+        while not answer.done():
+            await asyncio.wait((answer,), timeout=LEFT_CHECK_SECONDS)
+            if not answer.done() and _has_left(client):
+                return None
+        return answer.result()
+
+
+def _has_left(client: socket.socket) -> bool:
+    """Whether the other end is closed. One that has only ended its requests still wants the answer."""
+    # asyncio tells the two apart only when it writes, and polling takes no byte of a next request.
+    poll = select.poll()
+    poll.register(client.fileno(), 0)  # a hang-up and an error are always told
+    return bool(poll.poll(0))
 
 
 async def _send(writer: asyncio.StreamWriter, answer: dict[str, Any]) -> None:
     with contextlib.suppress(ConnectionError):  # the client left before its answer
         writer.write(msgspec.json.encode(answer) + b"\n")
-        await writer.drain()
+        try:
+            await asyncio.wait_for(writer.drain(), SEND_TIMEOUT_SECONDS)
+        except asyncio.TimeoutError:
+            writer.transport.abort()
 
 
 def _peer_uid(connection: socket.socket) -> int:
