@@ -30,7 +30,14 @@ from speedlayer.supervisor.core import events as e
 from speedlayer.supervisor.core.config import CoreConfig, PipelineConfig
 from speedlayer.supervisor.core.core import Core
 from speedlayer.supervisor.exit_codes import ExitCode
-from speedlayer.supervisor.scout import SURVEY_INTERVAL_SECONDS, Answer, ClusterFound, Scout, Survey
+from speedlayer.supervisor.scout import (
+    QUESTION_TIMEOUT_SECONDS,
+    SURVEY_INTERVAL_SECONDS,
+    Answer,
+    ClusterFound,
+    Scout,
+    Survey,
+)
 from speedlayer.supervisor.worker_handle import WorkerHandle
 from speedlayer.workers.protocol import Finish
 from speedlayer.workers.settings import BootSpec
@@ -59,6 +66,9 @@ CLOSE_TIMEOUT_SECONDS = 5.0
 # A host name may stand for several addresses, each of which is waited for: the watchdog's patience is at least so many
 # connect timeouts.
 CONNECT_ATTEMPTS = 2
+
+# A scout that is well says something at least once in so many questions, also when the broker answers none of them.
+SCOUT_QUESTIONS = 6
 
 # How often the picture that metrics and health show is renewed.
 SNAPSHOT_INTERVAL_SECONDS = 1.0
@@ -127,6 +137,7 @@ class Supervisor:
             shutdown_deadline_seconds=settings.shutdown.deadline_seconds,
             stall_seconds=self._stall_seconds(),
             user_code_seconds=settings.watchdog.user_code_seconds,
+            scout_seconds=max(SCOUT_QUESTIONS * QUESTION_TIMEOUT_SECONDS, self._stall_seconds()),
             pid=os.getpid(),
         )
 

@@ -42,6 +42,7 @@ class CoreConfig:
     shutdown_deadline_seconds: float = 30.0
     stall_seconds: float = 30.0
     user_code_seconds: float = 60.0
+    scout_seconds: float = 30.0
     pid: int = 0
 
     @property

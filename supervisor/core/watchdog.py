@@ -56,12 +56,13 @@ class Place(enum.Enum):
     POLLING = "the consumer fails whenever it is asked for messages"
 
 
-# What is tried for each place, in turn. A worker has no part in reading, nor the consumer in writing.
+# What is tried for each place, in turn. A worker has no part in reading, nor the consumer in writing. A scout that
+# answers nobody is renewed for all.
 LADDERS: dict[Place, tuple[Remedy, ...]] = {
     Place.READING: (Remedy.SEEK, Remedy.CLAIM, Remedy.CONSUMER, Remedy.STOP),
     Place.SENDING: (Remedy.CLAIM, Remedy.WORKER, Remedy.STOP),
     Place.CLAIMING: (Remedy.CLAIM, Remedy.WORKER, Remedy.STOP),
-    Place.ASKING: (Remedy.CLAIM, Remedy.SCOUT, Remedy.STOP),
+    Place.ASKING: (Remedy.CLAIM, Remedy.STOP),
     Place.POLLING: (Remedy.CONSUMER, Remedy.STOP),
 }
 
@@ -88,6 +89,8 @@ class Watchdog:
         self._break_group = break_group
         self._give_up = give_up
         self._tried: dict[Partition, Tried] = {}
+        self._renewals_in_a_row = 0
+        self._renewed_at = 0.0
         self._looked_at = 0.0
         self._turned_at = 0.0
         # Nothing is judged by what was not heard before this time: we were not there to hear it.
@@ -102,6 +105,7 @@ class Watchdog:
         if not state.running or state.now - self._looked_at < patience / LOOKS_PER_STALL:
             return
         self._looked_at = state.now
+        self._judge_scout()
         for worker in state.workforce:
             self._judge(worker)
         for lane in list(state.ledger):
@@ -113,6 +117,32 @@ class Watchdog:
 
     def _count(self, remedy: Remedy) -> None:
         self._state.repairs[remedy.value] = self._state.repairs.get(remedy.value, 0) + 1
+
+    # --- the scout ----------------------------------------------------------------------------------------------
+
+    def _judge_scout(self) -> None:
+        """The scout is asked every few seconds as long as there are lanes, and answers even if Kafka does not. Without
+        its watermarks nobody would know that there is something to read.
+        """
+        state = self._state
+        if not len(state.ledger):
+            state.scout_heard_at = state.now  # it is asked nothing
+        if state.scout_heard_at > self._renewed_at:
+            self._renewals_in_a_row = 0
+        if not self._is_over(state.scout_heard_at, state.config.scout_seconds):
+            return
+        text = f"the thread that asks Kafka has not answered for {state.config.scout_seconds:g} s"
+        if self._renewals_in_a_row >= HANGS_TO_STOP:
+            self._stop(f"{text}, and was renewed {HANGS_TO_STOP} times")
+            return
+        self._renewals_in_a_row += 1
+        state.scout_heard_at = self._renewed_at = state.now
+        self._count(Remedy.SCOUT)
+        state.log(WARNING, f"{text}; another one is started, and asks again what was asked")
+        state.act(RenewScout(text))
+        for lane in state.ledger:
+            if lane.state is LaneState.INSPECTING:
+                state.reclaim(lane, "its question is asked again by another scout")
 
     # --- workers ------------------------------------------------------------------------------------------------
 
@@ -213,10 +243,14 @@ class Watchdog:
         if lane.state in (LaneState.CLAIMING, LaneState.SEEDING):
             return Place.CLAIMING if self._is_answerable(lane) else None
         if lane.state is LaneState.INSPECTING:
-            return Place.ASKING
+            return Place.ASKING if self._scout_answers() else None
         if lane.batch.slices:
             return Place.SENDING if self._is_answerable(lane, idle=True) else None
         return Place.READING if lane.state is LaneState.FETCHING and self._is_behind(lane) else None
+
+    def _scout_answers(self) -> bool:
+        """Whether the scout is well, and owes the lane alone an answer; one that says nothing is judged by itself."""
+        return self._state.now - self._state.scout_heard_at < self._state.config.stall_seconds / 2
 
     def _is_answerable(self, lane: Lane, idle: bool = False) -> bool:
         """Whether the lane's worker could do something for it: it is there, and (``idle``) has nothing else to do."""
@@ -232,8 +266,6 @@ class Watchdog:
 
     def _heard_at(self, lane: Lane, place: Place) -> float:
         """When whoever owes the lane an answer was last heard of: it answers in turn."""
-        if place is Place.ASKING:
-            return self._state.scout_heard_at
         if place is Place.CLAIMING:
             assert lane.worker is not None
             return self._state.workforce[lane.worker].claims_heard.get(lane.key.pipeline, 0.0)
@@ -271,12 +303,6 @@ class Watchdog:
         elif remedy is Remedy.WORKER:
             assert lane.worker is not None
             self._restart(state.workforce[lane.worker], f"did nothing for {lane.partition}")
-        elif remedy is Remedy.SCOUT:
-            state.scout_heard_at = state.now
-            state.act(RenewScout(text))
-            for other in state.ledger:
-                if other.state is LaneState.INSPECTING:
-                    state.reclaim(other, "its question is asked again by another scout")
         elif remedy is Remedy.CONSUMER:
             self._break_group(lane.partition.group, text)
         else:

@@ -22,8 +22,9 @@ from speedlayer.supervisor.core.ledger import IllegalTransition, LaneState
 from speedlayer.workers.protocol import LaneKey
 
 # After the last fault everything must be written within this time. The longest waits in it: 15 s until a quiet lane is
-# checked, 10 s for a worker that died often or a database that was away, and the operator's own rounds.
-LIVENESS_SECONDS = 30.0
+# checked, 10 s for a worker that died often or a database that was away, and the operator's own rounds. Some faults are
+# mended by the watchdog alone, which takes up to four remedies of 2 s, and longer where two of them hide each other.
+LIVENESS_SECONDS = 40.0
 
 # Every history has so many faults that struck something; these nearly always do.
 FEWEST_FAULTS = 5
@@ -151,6 +152,7 @@ class History:
             shutdown_deadline_seconds=plan.shutdown_deadline_seconds,
             stall_seconds=STALL_SECONDS,
             user_code_seconds=USER_CODE_SECONDS,
+            scout_seconds=STALL_SECONDS,
         )
 
     # --- processes --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from simulation.kafka import COMPACTED, DONE, EXPIRED, PASSED, PENDING, Broker, 
 from simulation.postgres import Server, Transaction, Undo
 from speedlayer.supervisor.core import events as e
 from speedlayer.supervisor.core.ledger import Lane, LaneState
-from speedlayer.supervisor.core.quarantine import DEATHS_TO_CONDEMN
+from speedlayer.supervisor.core.quarantine import DEATHS_TO_CONDEMN, MESSAGE_PHASES
 from speedlayer.supervisor.core.workforce import WorkerState
 from speedlayer.workers.checkpoint import Move, SetStart
 from speedlayer.workers.protocol import LaneKey
@@ -236,6 +236,9 @@ def _check_waiting(supervisor: SimulatedSupervisor, lane: Lane) -> None:
     worker = state.workforce[lane.worker] if lane.worker is not None else None
     if worker is None or worker.state is not WorkerState.READY or not pipeline.may_dispatch:
         return
+    looked_at = any(x.phase in MESSAGE_PHASES for x in worker.flights.values())
+    if looked_at and supervisor.core._quarantine.wants_silence(worker):
+        return  # a suspect of another pipeline is looked at alone; if it hangs, the watchdog ends that
     if lane.epoch is not None and not any(x.pipeline == pipeline.name for x in worker.flights.values()):
         raise Violation(f"{lane.partition}: a batch waits, and {worker.name} writes nothing of {pipeline.name}")
 

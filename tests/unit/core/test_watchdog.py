@@ -21,7 +21,7 @@ class Watched(CoreDriver):
 
     alive = True
     marks = True
-    surveys_fail = False
+    scout_answers = True
     takes_orders = True
 
     def spend(self, seconds: float) -> None:
@@ -35,7 +35,7 @@ class Watched(CoreDriver):
                     self.report(worker.name, p.Alive(taken))
             if self.marks:
                 self.tell(e.Watermarks(self.now, {lane.partition: (0, 1000) for lane in self.core.lanes()}))
-            if self.surveys_fail:
+            elif self.scout_answers:
                 self.tell(e.SurveyFailed(self.now, "no answer"))
             self.tell(e.Tick(self.now))
             while self.flights and not self.flights[-1].parts[0].chunks:  # the check of a quiet lane
@@ -192,22 +192,41 @@ def test_a_claim_of_a_worker_that_still_boots_is_the_workers_own_affair() -> Non
     assert world.repairs == {}
 
 
-def test_a_question_that_nobody_answers_gets_another_scout() -> None:
+def test_a_question_that_is_forgotten_is_asked_again_after_a_new_claim_and_then_the_daemon_stops() -> None:
+    world = watched(silent=[a.Inspect])
+    world.marks = False
+    world.spend(STALL_SECONDS + STEP_SECONDS)
+    assert (world.repairs, len(world.of(a.Inspect))) == ({"re-claim": 1}, 2)
+    world.spend(STALL_SECONDS + 2 * STEP_SECONDS)
+    assert world.of(a.Stop)[0].exit_code == 13
+
+
+def test_a_scout_that_hangs_is_renewed_though_nothing_else_stands_still_and_asks_again() -> None:
     world = watched()
     world.silent.add(a.Inspect)
     world.assign(1)
-    world.marks = False
-    world.spend(STALL_SECONDS + STEP_SECONDS)
-    assert world.repairs == {"re-claim": 1}
+    world.marks = world.scout_answers = False
     world.silent.clear()  # what is asked from now on is answered, by the other scout
     world.spend(STALL_SECONDS + STEP_SECONDS)
-    assert (len(world.of(a.RenewScout)), world.repairs["renew the scout"]) == (1, 1)
+    assert (world.repairs, len(world.of(a.RenewScout))) == ({"renew the scout": 1}, 1)
     assert (world.state(0), world.state(1)) == ("fetching", "fetching")
+    assert world.logged("the thread that asks Kafka has not answered for 30 s; another one is started")
 
 
-def test_a_scout_that_gets_no_answer_itself_is_well() -> None:
-    world = watched(silent=[a.Inspect])
-    world.marks, world.surveys_fail = False, True
+def test_a_scout_that_hangs_again_and_again_ends_the_daemon_unless_it_answers() -> None:
+    world = watched()
+    world.marks = world.scout_answers = False
+    world.spend(3 * (STALL_SECONDS + STEP_SECONDS))
+    assert world.repairs == {"renew the scout": 3}
+    world.tell(e.SurveyFailed(world.now, "no answer"))
+    world.spend(2 * (STALL_SECONDS + STEP_SECONDS))
+    assert world.of(a.Stop) == []
+    world.spend(4 * STALL_SECONDS)
+    assert world.of(a.Stop)[0].exit_code == 13
+
+
+def test_a_scout_that_is_asked_nothing_owes_nothing() -> None:
+    world = Watched()
     world.spend(10 * STALL_SECONDS)
     assert world.repairs == {}
 
