@@ -25,6 +25,12 @@ from speedlayer.supervisor.settings import (
     WorkerSettings,
     settings_of,
 )
+from speedlayer.workers.sinks.postgres.rules import (
+    BYTEA_ENCODINGS,
+    EPOCH_UNITS,
+    NON_FINITE_POLICIES,
+    NUL_POLICIES,
+)
 from speedlayer.workers.sinks.postgres.sink import PostgreSQLSink
 
 
@@ -193,6 +199,46 @@ def _table() -> tuple[Entry, ...]:
                 "text",
                 "A message with an empty value becomes a `dead_letter`, or is counted as filtered (`skip`).",
                 choices=("dead_letter", "skip"),
+            ),
+        ),
+        _sink_entry(
+            "bytea_encoding",
+            "bytea_encoding",
+            Setting(
+                "text",
+                "How messages write bytes: `hex` (with or without `\\x`) or `base64`. Anything else is a dead letter.",
+                choices=BYTEA_ENCODINGS,
+            ),
+        ),
+        _sink_entry(
+            "epoch_unit",
+            "epoch_unit",
+            Setting(
+                "text",
+                "What a number counts that goes into a column of a date or time: since 1970 in UTC, since midnight, or "
+                "a duration (see types.md). Without it such a number is a dead letter.",
+                choices=EPOCH_UNITS,
+                optional=True,
+            ),
+        ),
+        _sink_entry(
+            "nul_characters",
+            "nul_characters",
+            Setting(
+                "text",
+                "A NUL character, which PostgreSQL's text can not hold: its record becomes a `dead_letter`, or the NUL "
+                "is left out (`strip`) or becomes U+FFFD (`replace`).",
+                choices=NUL_POLICIES,
+            ),
+        ),
+        _sink_entry(
+            "non_finite_numbers",
+            "non_finite_numbers",
+            Setting(
+                "text",
+                "`NaN`, `Infinity` and `-Infinity` (as texts) in columns of numbers: written as they are (`keep`), as "
+                "NULL (`null`), or a `dead_letter`.",
+                choices=NON_FINITE_POLICIES,
             ),
         ),
         _sink_entry(

@@ -56,7 +56,7 @@ def test_columns_are_read_with_their_types_in_their_order(connection: Any) -> No
         ("price", "numeric(12,2)", "numeric", False),
         ("doc", "jsonb", "json", False),
         ("tags", "text[]", "array", False),
-        ("at", "timestamp(3) with time zone", "other", False),
+        ("at", "timestamp(3) with time zone", "timestamptz", False),
         ('a"b;--', "uuid", "uuid", False),
     ]
 
@@ -77,7 +77,7 @@ def test_a_domain_is_written_like_the_type_below_it(connection: Any) -> None:
         ("price", "numeric", "computed"),
         ("names", "array", ""),
         ("colour", "other", ""),
-        ("public.int4", "other", ""),
+        ("public.int4", "composite", ""),
     ]
 
 

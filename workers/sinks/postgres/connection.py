@@ -51,6 +51,10 @@ CLAIM_IDLE_TIMEOUT_MS = 10_000
 # Set by `begin` for a flush; rows that fail are undone up to here, so that the guilty ones can be looked for.
 ROWS_SAVEPOINT = "speedlayer_rows"
 
+# What a flush's transaction reads values by, so that one message means the same in every database, whatever the server,
+# the role or the DSN sets: a date and time without a zone is in UTC.
+VALUE_SETTINGS: Mapping[str, str] = {"timezone": "'UTC'", "datestyle": "'ISO, MDY'", "intervalstyle": "'postgres'"}
+
 _CLIENT_CONNECTION_CHECK_SINCE = 140_000
 _TCP_USER_TIMEOUT_SINCE = 120_000
 
@@ -129,6 +133,7 @@ class Connection:
             settings["client_connection_check_interval"] = CONNECTION_CHECK_MS
         statements = ["BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE", *_set_local(settings)]
         if flush:
+            statements += _set_local(VALUE_SETTINGS)
             # A deferred constraint would fail at COMMIT, where no row can be told guilty any more.
             statements += ["SET CONSTRAINTS ALL IMMEDIATE", f"SAVEPOINT {ROWS_SAVEPOINT}"]
         return "; ".join(statements)

@@ -17,8 +17,9 @@ from typing import Any, Optional
 import msgspec
 from msgspec import UNSET
 
-from speedlayer.workers.sinks.postgres.kinds import Kind, Unwritable
+from speedlayer.workers.sinks.postgres.kinds import Kind
 from speedlayer.workers.sinks.postgres.shape import Mode, Shape, Slot
+from speedlayer.workers.sinks.postgres.unwritable import Unwritable
 
 NULL = "\\N"
 NUL_REASON = "a NUL character, which PostgreSQL's text can not hold"
@@ -46,6 +47,29 @@ def _escape_value(value: Any) -> Any:
 
 
 # --- What needs care -------------------------------------------------------------------------------------------------
+
+
+def mend(shape: Shape, rows: Sequence[Any]) -> dict[int, Fault]:
+    """Change, in place, those direct values that are not their own text; returns the rows where that is impossible.
+
+    Before rows are folded, so that keys are compared as they are written.
+    """
+    faults: dict[int, Fault] = {}
+    for slot in shape.mended:
+        suspects, mended = slot.kind.suspects, slot.kind.mend
+        assert suspects is not None and mended is not None
+        values = list(map(attrgetter(slot.attribute), rows))
+        if not suspects(values):
+            continue
+        for index, (row, value) in enumerate(zip(rows, values, strict=True)):
+            try:
+                changed = mended(value)
+            except Unwritable as fault:
+                faults.setdefault(index, (_in_column(slot, str(fault)), fault.sqlstate))
+            else:
+                if changed is not value:
+                    setattr(row, slot.attribute, changed)
+    return faults
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ There are two sources. A *token* is the piece of the message that holds a value 
 Python object (a transform made it), for which the same rule holds, with a few natural additions (dates, `Decimal`,
 `bytes`, `UUID`).
 
-To teach the sink a type, add its name to `_KIND_OF_TYPE` and, where text is not enough, a `Kind` of its own.
+Here are the kinds that no setting changes. Those that one does change, and the table of all types, are in
+ruled_kinds.py; those of parts (arrays, composite types, hstore) in literals.py. To teach the sink a type, add its name
+to `kinds_for` and, where text is not enough, a `Kind` of its own; docs/types.md is what the tests say of each.
 """
 
 from __future__ import annotations
@@ -17,26 +19,17 @@ from __future__ import annotations
 import datetime
 import decimal
 import enum
-import functools
 import math
 import numbers
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Optional
 
 import msgspec
 
 from speedlayer.workers.decoding.exact import ExactFloat
-
-
-class Unwritable(ValueError):
-    """A value that no text can be given for; the message is the reason of its dead letter."""
-
-    def __init__(self, reason: str, sqlstate: Optional[str] = None) -> None:
-        super().__init__(reason)
-        self.sqlstate = sqlstate
-
+from speedlayer.workers.sinks.postgres.unwritable import Unwritable
 
 Text = Optional[str]  # what the input function gets; None is NULL
 
@@ -57,18 +50,21 @@ class Kind:
     # How equal keys are recognised before the server sees them: as integers, as characters, as UUIDs. None: only the
     # server can tell (1.0 = 1.00, one instant in two time zones), so it folds.
     key: Optional[Literal["integer", "text", "uuid"]] = None
+    # Direct values that are not their own text after all, such as an instant given as a number: `suspects` looks at a
+    # batch's values of the column, and only where it finds one are they all `mend`ed (more than once does no harm).
+    suspects: Optional[Callable[[Sequence[Any]], bool]] = None
+    mend: Optional[Callable[[Any], Any]] = None
 
 
 # --- From the message ------------------------------------------------------------------------------------------------
 
-_decode_string = msgspec.json.Decoder(str).decode
-_decode_array = msgspec.json.Decoder(list[msgspec.Raw]).decode
+decode_string = msgspec.json.Decoder(str).decode
 
 
 def scalar_from_token(token: str) -> Text:
     """The text of any JSON value."""
     if token[0] == '"':
-        return _decode_string(token)
+        return decode_string(token)
     if token == "null":
         return None
     return "0" if token == "-0" else token  # -0 is the integer 0 (as in the quick path, which reads an int)
@@ -77,31 +73,6 @@ def scalar_from_token(token: str) -> Text:
 def json_from_token(token: str) -> Text:
     """The value itself; JSON's null is SQL's NULL, as in every other column."""
     return None if token == "null" else token
-
-
-def _array_from_token(element: Kind, delimiter: str) -> Callable[[str], Text]:
-    nests = element.name != "json"  # an array inside a json[] is a value, not a dimension
-
-    def literal(token: str) -> str:
-        parts = []
-        for raw in _decode_array(token):
-            item = str(raw, "utf-8")
-            if nests and item[0] == "[":
-                parts.append(literal(item))
-            else:
-                parts.append(_array_element(element.from_token(item)))
-        return "{" + delimiter.join(parts) + "}"
-
-    def from_token(token: str) -> Text:
-        return literal(token) if token[0] == "[" else scalar_from_token(token)
-
-    return from_token
-
-
-def _array_element(text: Text) -> str:
-    if text is None:
-        return "NULL"
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 # --- From a transform ------------------------------------------------------------------------------------------------
@@ -198,23 +169,7 @@ _BASES: tuple[tuple[type, Callable[[Any], Text]], ...] = (
 )
 
 
-def _array_from_value(element: Kind, delimiter: str) -> Callable[[Any], Text]:
-    nests = element.name != "json"
-
-    def literal(value: Any) -> str:
-        parts = [
-            literal(item) if nests and isinstance(item, (list, tuple)) else _array_element(element.from_value(item))
-            for item in value
-        ]
-        return "{" + delimiter.join(parts) + "}"
-
-    def from_value(value: Any) -> Text:
-        return literal(value) if isinstance(value, (list, tuple)) else scalar_from_value(value)
-
-    return from_value
-
-
-# --- The kinds, and the types they serve -----------------------------------------------------------------------------
+# --- The kinds that no setting changes --------------------------------------------------------------------------------
 
 TEXT = Kind("text", "text", scalar_from_token, scalar_from_value, key="text")
 OTHER = Kind("other", "text", scalar_from_token, scalar_from_value)
@@ -224,35 +179,8 @@ FLOAT = Kind("float", "number", scalar_from_token, scalar_from_value)
 NUMERIC = Kind("numeric", "number", scalar_from_token, scalar_from_value)
 BOOLEAN = Kind("boolean", "number", scalar_from_token, scalar_from_value)
 JSON = Kind("json", None, json_from_token, json_from_value)
-
-_KIND_OF_TYPE: dict[str, Kind] = {
-    "bool": BOOLEAN,
-    "int2": INTEGER,
-    "int4": INTEGER,
-    "int8": INTEGER,
-    "oid": INTEGER,
-    "float4": FLOAT,
-    "float8": FLOAT,
-    "numeric": NUMERIC,
-    "text": TEXT,
-    "varchar": TEXT,
-    "name": TEXT,
-    "bpchar": OTHER,  # blanks at the end do not count when keys are compared
-    "uuid": UUID,
-    "json": JSON,
-    "jsonb": JSON,
-}
-
-
-def kind_of(type_name: str) -> Kind:
-    """The kind of one of PostgreSQL's own types by its catalog name; any other type takes text."""
-    return _KIND_OF_TYPE.get(type_name, OTHER)
-
-
-@functools.cache  # so that two plans of one table are equal
-def array_of(element: Kind, delimiter: str = ",") -> Kind:
-    """The kind of arrays: a JSON array becomes the array's literal, a string is taken for a literal."""
-    return Kind("array", None, _array_from_token(element, delimiter), _array_from_value(element, delimiter))
+# pgvector's vector and halfvec read a JSON array of numbers as it is.
+VECTOR = Kind("vector", "text", scalar_from_token, scalar_from_value)
 
 
 def without_key(kind: Kind) -> Kind:

@@ -190,7 +190,7 @@ class PostgreSQLSession(SinkSession):
     def _check_plan(self, plan: _Plan) -> None:
         """Raise `_PlanChanged` if the table was altered since the plan was made."""
         try:
-            table = Table.load(plan.connection.raw, self._sink.table)
+            table = Table.load(plan.connection.raw, self._sink.table, self._sink.value_rules)
         except psycopg2.Error as error:
             doing = f"reading the definition of {self._sink.table}"
             raise explain(error, plan.connection.raw, doing) from error

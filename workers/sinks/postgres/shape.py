@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import decimal
 import enum
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -82,6 +83,11 @@ class Shape:
     def optional(self) -> tuple[Slot, ...]:
         """The slots that divide rows into groups with different sets of columns."""
         return tuple(slot for slot in self.slots if slot.optional)
+
+    @functools.cached_property
+    def mended(self) -> tuple[Slot, ...]:
+        """The slots in which `encode.mend` must look for values that are not their own text."""
+        return tuple(slot for slot in self.slots if slot.mode is Mode.DIRECT and slot.kind.mend is not None)
 
     @property
     def folds_exactly(self) -> bool:

@@ -14,6 +14,14 @@ from speedlayer.workers.decoding.limits import MAX_HEADERS, MAX_MESSAGE_BYTES, M
 from speedlayer.workers.errors import ConfigurationError
 from speedlayer.workers.sinks.base import Sink, SinkContext, SinkSession, columns_of
 from speedlayer.workers.sinks.postgres.names import check_identifier, parse_table_name
+from speedlayer.workers.sinks.postgres.rules import (
+    BYTEA_ENCODINGS,
+    EPOCH_UNITS,
+    NON_FINITE_POLICIES,
+    NUL_POLICIES,
+    EpochUnit,
+    ValueRules,
+)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -35,6 +43,12 @@ class PostgreSQLSink(Sink):
     A message beyond ``max_message_bytes`` (key, value and headers), ``max_nesting_depth`` or ``max_headers`` is a dead
     letter, and is not decoded.
 
+    ``bytea_encoding`` is how messages write bytes ("hex", with or without ``\\x``, or "base64"); ``epoch_unit`` what a
+    number counts that goes into a date or time ("s", "ms", "us" or "ns"; without it such a number is a dead letter).
+    ``nul_characters``: a NUL, which PostgreSQL's text can not hold, makes its record a dead letter, is left out
+    ("strip"), or becomes U+FFFD ("replace"). ``non_finite_numbers``: NaN and infinities, written as texts, are written
+    as they are ("keep"), become NULL ("null"), or make a dead letter. docs/types.md says what each type takes.
+
     ``create_table`` makes a missing table: with ``columns`` (name to SQL type), else inferred from the first records.
 
     ``pooled`` says that the dsn leads to a transaction pooler (PgBouncer): nothing then outlives a transaction.
@@ -52,6 +66,10 @@ class PostgreSQLSink(Sink):
     max_message_bytes: int = MAX_MESSAGE_BYTES
     max_nesting_depth: int = MAX_NESTING_DEPTH
     max_headers: int = MAX_HEADERS
+    bytea_encoding: Literal["hex", "base64"] = "hex"
+    epoch_unit: Optional[EpochUnit] = None
+    nul_characters: Literal["dead_letter", "strip", "replace"] = "dead_letter"
+    non_finite_numbers: Literal["keep", "null", "dead_letter"] = "keep"
     create_table: bool = False
     columns: Optional[Mapping[str, str]] = None
     pooled: bool = False
@@ -67,6 +85,11 @@ class PostgreSQLSink(Sink):
         _check_choice("unknown_fields", self.unknown_fields, ("error", "ignore"))
         _check_choice("missing_fields", self.missing_fields, ("default", "keep"))
         _check_choice("null_values", self.null_values, ("dead_letter", "skip"))
+        _check_choice("bytea_encoding", self.bytea_encoding, BYTEA_ENCODINGS)
+        if self.epoch_unit is not None:
+            _check_choice("epoch_unit", self.epoch_unit, EPOCH_UNITS)
+        _check_choice("nul_characters", self.nul_characters, NUL_POLICIES)
+        _check_choice("non_finite_numbers", self.non_finite_numbers, NON_FINITE_POLICIES)
         _check_flag("create_table", self.create_table)
         _check_flag("pooled", self.pooled)
         self._check_columns()
@@ -92,6 +115,17 @@ class PostgreSQLSink(Sink):
     def limits(self) -> Limits:
         """What a message may be to be decoded."""
         return Limits(self.max_message_bytes, self.max_nesting_depth, self.max_headers)
+
+    @property
+    def value_rules(self) -> ValueRules:
+        """How values are written where the author has a choice."""
+        return ValueRules(
+            bytea_encoding=self.bytea_encoding,
+            epoch_unit=self.epoch_unit,
+            nul_characters=self.nul_characters,
+            non_finite_numbers=self.non_finite_numbers,
+            ignore_unknown=self.unknown_fields == "ignore",
+        )
 
     def describe(self) -> str:
         """Host, database and table, without the password."""

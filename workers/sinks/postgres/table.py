@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from speedlayer.workers.errors import ConfigurationError, SinkMisconfigured
-from speedlayer.workers.sinks.postgres.kinds import Kind, array_of, kind_of, without_key
+from speedlayer.workers.sinks.postgres.kinds import Kind, without_key
 from speedlayer.workers.sinks.postgres.names import (
     TableName,
     check_identifier,
@@ -21,6 +21,8 @@ from speedlayer.workers.sinks.postgres.names import (
     quote_identifier,
     quote_literal,
 )
+from speedlayer.workers.sinks.postgres.rules import DEFAULT_RULES, ValueRules
+from speedlayer.workers.sinks.postgres.type_kinds import load_kinds
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection as Connection
@@ -74,8 +76,10 @@ class Table:
         return next((column for column in self.columns if column.name == name), None)
 
     @classmethod
-    def load(cls, connection: Connection, name: str) -> Table:
-        """Read the plan of ``name`` (an SQL name). Only SELECTs; it neither commits nor rolls back.
+    def load(cls, connection: Connection, name: str, rules: ValueRules = DEFAULT_RULES) -> Table:
+        """Read the plan of ``name`` (an SQL name), for values written by ``rules``.
+
+        Only SELECTs; it neither commits nor rolls back.
 
         Raises `TableMissing` when there is no such table, `SinkMisconfigured` with a remedy when nothing can be
         written to it.
@@ -88,7 +92,7 @@ class Table:
                     f"{parsed.sql} is {_KIND_NAMES.get(relation.kind, 'not a table')}, and COPY can not write to it",
                     remedy="name the table behind it",
                 )
-            columns = _columns(cursor, relation.oid)
+            columns = _columns(cursor, relation.oid, rules)
             primary_key, unique_keys = _keys(cursor, relation.oid)
         return cls(
             schema=relation.schema,
@@ -170,7 +174,7 @@ FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.rel
 WHERE c.oid = pg_catalog.to_regclass(%s)
 """
 
-# A domain is written like the type below it, so `base` walks down to that.
+# A domain may bring a default, and has the collation of the type below it, so `base` walks down to that.
 _COLUMNS = """
 WITH RECURSIVE base AS (
     SELECT a.attnum, t.oid, t.typtype, t.typbasetype, t.typdefaultbin IS NOT NULL AS defaults, 0 AS depth
@@ -183,19 +187,13 @@ WITH RECURSIVE base AS (
 )
 SELECT a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attgenerated <> '',
        a.attidentity::text, d.adbin::text, b.defaults,
-       CASE WHEN n.nspname = 'pg_catalog' THEN t.typname ELSE '' END,
-       CASE WHEN t.typcategory = 'A' AND en.nspname = 'pg_catalog' THEN e.typname
-            WHEN t.typcategory = 'A' AND e.oid IS NOT NULL THEN '' END,
-       e.typdelim::text,
+       a.atttypid::bigint,
        CASE WHEN a.attcollation <> t.typcollation
             THEN pg_catalog.quote_ident(ln.nspname) || '.' || pg_catalog.quote_ident(l.collname) ELSE '' END,
        COALESCE(l.collisdeterministic, true)
 FROM pg_catalog.pg_attribute AS a
 JOIN base AS b ON b.attnum = a.attnum AND b.typtype <> 'd'
 JOIN pg_catalog.pg_type AS t ON t.oid = b.oid
-JOIN pg_catalog.pg_namespace AS n ON n.oid = t.typnamespace
-LEFT JOIN pg_catalog.pg_type AS e ON e.oid = t.typelem AND t.typelem <> 0
-LEFT JOIN pg_catalog.pg_namespace AS en ON en.oid = e.typnamespace
 LEFT JOIN pg_catalog.pg_attrdef AS d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
 LEFT JOIN pg_catalog.pg_collation AS l ON l.oid = a.attcollation
 LEFT JOIN pg_catalog.pg_namespace AS ln ON ln.oid = l.collnamespace
@@ -239,22 +237,23 @@ def _relation(cursor: Cursor, name: TableName) -> _Relation:
     return _Relation(oid, schema, relation, kind, row_security, missing_privileges)
 
 
-def _columns(cursor: Cursor, oid: int) -> tuple[Column, ...]:
+def _columns(cursor: Cursor, oid: int, rules: ValueRules) -> tuple[Column, ...]:
     cursor.execute(_COLUMNS, {"oid": oid})
     found = cursor.fetchall()
+    kinds = load_kinds(cursor, oid, rules)
     expressions = [row[5] for row in found if row[5] is not None and not row[3]]
     constant = _constant_expressions(cursor, expressions)
     columns = []
     for (
         name, type_sql, not_null, generated, identity, expression, domain_default,
-        type_name, element, delimiter, collation, deterministic,
+        type_oid, collation, deterministic,
     ) in found:  # fmt: skip
         default: Literal["", "constant", "computed"] = ""
         if identity or domain_default:
             default = "computed"
         elif expression is not None and not generated:
             default = "constant" if expression in constant else "computed"
-        kind = kind_of(type_name) if element is None else array_of(kind_of(element), delimiter)
+        kind = kinds[type_oid]
         columns.append(
             Column(
                 name=name,
@@ -316,7 +315,7 @@ def load_for(
     is no record to make it from: then nothing of the flight can become a row.
     """
     try:
-        table = Table.load(connection, sink.table)
+        table = Table.load(connection, sink.table, sink.value_rules)
     except TableMissing:
         if not sink.create_table:
             raise
@@ -324,7 +323,7 @@ def load_for(
         if not columns:
             return None
         create_table(connection, sink.table, columns, sink.key_columns)
-        table = Table.load(connection, sink.table)
+        table = Table.load(connection, sink.table, sink.value_rules)
     table.key_of(sink)
     return table
 

@@ -19,7 +19,7 @@ from msgspec import UNSET
 from speedlayer.workers.decoding.json_records import DictDecoder, RecordDecoder
 from speedlayer.workers.decoding.records import DeadRecord, Records, shorten_reason
 from speedlayer.workers.errors import SpeedlayerError
-from speedlayer.workers.sinks.postgres.encode import CLEAN, Fault, Lines, encode, find_faults, fold, survey
+from speedlayer.workers.sinks.postgres.encode import CLEAN, Fault, Lines, encode, find_faults, fold, mend, survey
 from speedlayer.workers.sinks.postgres.names import quote_identifier
 from speedlayer.workers.sinks.postgres.shape import DictShaper, JsonShaper, Shape, Shaper, Slot
 from speedlayer.workers.sinks.postgres.table import Column, Table
@@ -104,8 +104,11 @@ class TableWriter:
         records = self._shaped(records)
         while records.rows:
             shape = self._shape_of(records.rows)
-            seen = CLEAN if records.plain else survey(shape, records.rows)
-            faults = seen.faults
+            seen = CLEAN
+            faults = mend(shape, records.rows)
+            if not faults and not records.plain:
+                seen = survey(shape, records.rows)
+                faults = seen.faults
             if not faults:
                 try:
                     return replace(records, rows=self._encode(shape, records.rows, seen.escaped))
@@ -185,8 +188,11 @@ class TableWriter:
             if guilty:
                 raise UnwritableRows({index: (why.reason, why.sqlstate) for index, why in guilty.items()})
         shape = self._shape_of(rows)
-        seen = survey(shape, rows)
-        faults = seen.faults
+        seen = CLEAN
+        faults = mend(shape, rows)
+        if not faults:
+            seen = survey(shape, rows)
+            faults = seen.faults
         if not faults:
             try:
                 return self._encode(shape, rows, seen.escaped)
