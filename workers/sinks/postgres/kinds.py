@@ -39,18 +39,18 @@ class Kind:
     """A family of types.
 
     ``direct`` says that most values can be put into the line as ``f"{value}"``: a "number" may be any scalar, since
-    the server refuses what is none, while a "text" must be a string or an integer. ``direct`` None means that each
-    value goes through `from_token` or `from_value`.
+    the server refuses what is none, while a "text" must be a string or an integer, and a "string" a string. ``direct``
+    None means that each value goes through `from_token` or `from_value`.
     """
 
     name: str
-    direct: Optional[Literal["number", "text"]]
+    direct: Optional[Literal["number", "text", "string"]]
     from_token: Callable[[str], Text]
     from_value: Callable[[Any], Text]
     # How equal keys are recognised before the server sees them: as integers, as characters, as UUIDs. None: only the
     # server can tell (1.0 = 1.00, one instant in two time zones), so it folds.
     key: Optional[Literal["integer", "text", "uuid"]] = None
-    # Direct values that are not their own text after all, such as an instant given as a number: `suspects` looks at a
+    # Direct values that are not their own text after all, such as a text with a NUL: `suspects` looks at a
     # batch's values of the column, and only where it finds one are they all `mend`ed (more than once does no harm).
     suspects: Optional[Callable[[Sequence[Any]], bool]] = None
     mend: Optional[Callable[[Any], Any]] = None

@@ -52,7 +52,7 @@ def _array_from_token(element: Kind, delimiter: str) -> Callable[[str], Text]:
     def literal(token: str) -> str:
         parts = []
         for raw in _decode_array(token):
-            item = _token(raw)
+            item = str(raw, "utf-8")
             if nests and item[0] == "[":
                 parts.append(literal(item))
             else:

@@ -165,7 +165,8 @@ class _Temporal:
 
     @property
     def kind(self) -> Kind:
-        return Kind(self.name, "text", self.from_token, self.from_value, suspects=self.suspects, mend=self.mend)
+        kind = Kind(self.name, "string", self.from_token, self.from_value)
+        return kind if self.zoned else replace(kind, suspects=instants.may_be_zoned, mend=self.mend)
 
     def from_text(self, text: str) -> str:
         return text if self.zoned else instants.without_zone(text)
@@ -194,16 +195,7 @@ class _Temporal:
             value = value.astimezone(datetime.timezone.utc).replace(tzinfo=None)
         return scalar_from_value(value)
 
-    def suspects(self, values: Sequence[Any]) -> bool:
-        if int in {value.__class__ for value in values}:
-            return True
-        return not self.zoned and bool(
-            instants.may_be_zoned("\n".join([value for value in values if value.__class__ is str]))
-        )
-
     def mend(self, value: Any) -> Any:
-        if value.__class__ is int:
-            return self.from_number(str(value))
         return self.from_text(value) if value.__class__ is str else value
 
 

@@ -37,7 +37,10 @@ INTEGER_LIMIT_DIGITS = 4000
 _DIRECT_TYPES: Mapping[str, frozenset[type]] = {
     "number": frozenset({int, str, bool, ExactFloat, decimal.Decimal, float, type(None)}),
     "text": frozenset({int, str, type(None)}),
+    "string": frozenset({str, type(None)}),
 }
+
+_DIRECT_ANNOTATIONS: Mapping[str, Any] = {"number": Any, "text": Union[int, str, None], "string": Optional[str]}
 
 # msgspec puts field names into JSON as they are, so it refuses these in a name.
 _UNFIT_FOR_FIELDS = frozenset('"\\') | {chr(code) for code in range(0x20)}
@@ -204,7 +207,7 @@ class Shaper:
             return (int if slot.kind.key == "integer" else str), msgspec.NODEFAULT
         annotation = self._indirect_type
         if slot.mode is Mode.DIRECT:
-            annotation = Any if slot.kind.direct == "number" else Union[int, str, None]
+            annotation = _DIRECT_ANNOTATIONS[slot.kind.direct or "text"]
         if slot.key:
             return annotation, msgspec.NODEFAULT
         if slot.column.name not in self._minded:
@@ -329,7 +332,7 @@ def _token_fits(slot: Slot, raw: Any) -> bool:
         return True
     if first in (b"{", b"["):
         return False
-    if first in (b"t", b"f"):
+    if first in (b"t", b"f") or slot.kind.direct == "string":
         return slot.kind.direct == "number"
     return _is_integer(token) or (slot.kind.direct == "number" and not token.lstrip(b"-").isdigit())
 
