@@ -354,7 +354,12 @@ class History:
         """What still keeps a lane from being read, although all is written."""
         for supervisor in self._alive():
             for lane in supervisor.core.lanes():
-                if lane.seek is not None or lane.state is LaneState.STOPPED:
+                # A lane that is still on its way to a topic that was made again does not know of it yet.
+                unaware = lane.partition in self.auditor.made_again and lane.state not in (
+                    LaneState.HELD,
+                    LaneState.FETCHING,
+                )
+                if lane.seek is not None or lane.state is LaneState.STOPPED or unaware:
                     return f"{lane.partition} of {supervisor.name} is {lane.state.value}: {lane.reason}"
         return None
 

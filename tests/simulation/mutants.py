@@ -245,18 +245,6 @@ def a_batch_outlives_its_claim() -> Iterator[None]:
 
 
 @mutant
-def claims_of_a_dead_worker_are_waited_for() -> Iterator[None]:
-    """A worker dies with a claim, and nobody makes it again."""
-
-    def lost_with(self: Flow, worker: Worker) -> None:
-        for record in list(worker.flights.values()):
-            self._landed(worker, record.flight_id, "its worker died")
-            self.give_up(record, f"{worker.name} died")
-
-    return _patched(Flow, "lost_with", lost_with)
-
-
-@mutant
 def credit_is_lost_with_a_worker() -> Iterator[None]:
     """The flights of a dead worker count against the next one."""
     original = Worker.died
