@@ -24,9 +24,12 @@ REPEATING = frozenset({"_ALL_BROKERS_DOWN", "_TRANSPORT", "_RESOLVE", "_TIMED_OU
 
 @dataclass
 class _Trouble:
-    """The latest complaint of one group, and when each code was last told."""
+    """What one group complains of, and when each code was last told. ``at`` is when anything was complained of, and
+    ``shown_at`` when what is shown was.
+    """
 
     at: float
+    shown_at: float
     code: str
     message: str
     told_at: dict[str, float] = field(default_factory=dict)
@@ -40,11 +43,11 @@ class Troubles:
 
     def note(self, group: str, code: str, message: str, now: float) -> bool:
         """Take a complaint in; whether it is to be told."""
-        known = self._troubles.setdefault(group, _Trouble(now, code, message))
-        fresh = now - known.at < OVER_SECONDS
+        known = self._troubles.setdefault(group, _Trouble(now, now, code, message))
         known.at = now
-        if not (fresh and known.code in TELLING and code in REPEATING - TELLING):
-            known.code, known.message = code, message
+        follows = known.code in TELLING and code in REPEATING - TELLING and now - known.shown_at < OVER_SECONDS
+        if not follows:
+            known.shown_at, known.code, known.message = now, code, message
         told_at = known.told_at.get(code)
         if told_at is not None and now - told_at < REPEAT_SECONDS:
             return False
