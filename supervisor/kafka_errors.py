@@ -54,5 +54,9 @@ class Complaints:
         """What has made a question fail: the last telling complaint since the last time, else the failure itself."""
         client.poll(0)
         telling = [error for error in self._noted if error.name() in TELLING]
-        self._noted.clear()
+        self.forget()
         return telling[-1] if telling else failure
+
+    def forget(self) -> None:
+        """Nobody will ask for a cause of what was complained of so far."""
+        self._noted.clear()

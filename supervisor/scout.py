@@ -74,11 +74,11 @@ class Scout:
 
     def __init__(self, kafka: Mapping[str, Any], inbox: SimpleQueue[Answer]) -> None:
         self._brokers = kafka.get("bootstrap.servers") or kafka.get("metadata.broker.list")
-        self._properties = kafka_properties.for_admin(kafka)
+        # What these clients would log, the group's consumer says, too.
+        self._properties = {**kafka_properties.for_admin(kafka), "log_level": "0"}
         self._readers: dict[str, Consumer] = {}  # one for each group, never subscribed
         self._complaints = Complaints()
-        properties = {**self._properties, "error_cb": self._complaints.note}
-        self._admin = AdminClient(properties, logger=logging.getLogger("speedlayer.librdkafka"))
+        self._admin = AdminClient({**self._properties, "error_cb": self._complaints.note})
         committed = kafka.get("isolation.level", "read_committed") == "read_committed"
         self._isolation = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
         self._inbox = inbox
@@ -113,6 +113,15 @@ class Scout:
                 self._inspect(group, asked)
             if surveys:
                 self._survey(surveys[-1].partitions)
+            self._serve_callbacks()
+
+    def _serve_callbacks(self) -> None:
+        """Take what librdkafka has to tell these clients: untaken, it piles up in memory while an outage lasts."""
+        self._admin.poll(0)
+        self._complaints.forget()
+        for reader in self._readers.values():
+            while reader.poll(0) is not None:
+                pass
 
     def _pending(self) -> list[Question]:
         """Wait for a question, and take all that have piled up."""
@@ -251,7 +260,7 @@ class Scout:
         """
         if group not in self._readers:
             properties = {**self._properties, "group.id": group, "enable.auto.commit": False}
-            self._readers[group] = Consumer(properties, logger=logging.getLogger("speedlayer.librdkafka"))
+            self._readers[group] = Consumer(properties)
         return self._readers[group]
 
 

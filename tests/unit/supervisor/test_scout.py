@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from confluent_kafka import OFFSET_INVALID
 
+from fixtures.waiting import wait_until
 from speedlayer.supervisor.core import events as e
 from speedlayer.supervisor.core.actions import Inspect
-from speedlayer.supervisor.scout import Scout
+from speedlayer.supervisor.scout import Scout, Survey
 
 FIRST = e.Partition("group", "topic", 0)
 SECOND = e.Partition("group", "topic", 1)
@@ -68,3 +69,20 @@ def test_a_survey_leaves_out_what_the_broker_does_not_tell(inbox: SimpleQueue[An
     assert "tells no offset of topic/0" in answer.reason
     scout(inbox, {0: 10})._survey((FIRST,))
     assert [answer.marks for answer in taken(inbox) if isinstance(answer, e.Watermarks)] == [{FIRST: (10, 10)}]
+
+
+def test_what_librdkafka_tells_its_clients_does_not_pile_up(
+    inbox: SimpleQueue[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing listens at the address: each attempt to connect is told, and kept in memory until somebody takes it."""
+    monkeypatch.setattr(Scout, "_find_cluster", lambda self: True)
+    scout = Scout({"bootstrap.servers": "127.0.0.1:9", "reconnect.backoff.ms": "10"}, inbox)
+    waiting = len(scout._admin)
+    wait_until(lambda: len(scout._admin) >= waiting + 5, "five attempts are told")
+    reader = scout._reader("group")
+    asked = iter([[Survey(())], [None]])
+    monkeypatch.setattr(scout, "_pending", lambda: next(asked))
+    scout._run()
+    assert len(scout._admin) <= waiting + 2, "those that came just now"
+    assert scout._complaints._noted == []
+    assert reader.poll(0) is None
