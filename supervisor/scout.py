@@ -75,10 +75,11 @@ class Scout:
     def __init__(self, kafka: Mapping[str, Any], inbox: SimpleQueue[Answer]) -> None:
         self._brokers = kafka.get("bootstrap.servers") or kafka.get("metadata.broker.list")
         # What these clients would log, the group's consumer says, too.
-        self._properties = {**kafka_properties.for_admin(kafka), "log_level": "0"}
+        self._properties: dict[str, Any] = {**kafka_properties.for_admin(kafka), "log_level": "0"}
         self._readers: dict[str, Consumer] = {}  # one for each group, never subscribed
         self._complaints = Complaints()
-        self._admin = AdminClient({**self._properties, "error_cb": self._complaints.note})
+        properties: dict[str, Any] = {**self._properties, "error_cb": self._complaints.note}
+        self._admin = AdminClient(properties)
         committed = kafka.get("isolation.level", "read_committed") == "read_committed"
         self._isolation = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
         self._inbox = inbox
