@@ -39,6 +39,16 @@ TAKE_TERMINAL = (
 )
 
 
+@contextlib.contextmanager
+def _hanging_up_counts() -> Iterator[None]:
+    """Start children that a closed terminal ends: tests that run under nohup would pass their indifference on."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 class Demo:
     """A demo that runs in a folder of its own, with everything temporary in another one."""
 
@@ -54,7 +64,7 @@ class Demo:
             self._screen, far_end = pty.openpty()
             command = (sys.executable, "-c", TAKE_TERMINAL, *command)
         self.output = folder / "output"
-        with self.output.open("wb") as file:
+        with self.output.open("wb") as file, _hanging_up_counts():
             out: Any = far_end if terminal else file
             self.process = subprocess.Popen(
                 command,
